@@ -1,0 +1,1 @@
+//! Support for the benchmark suites, the conformance tool and the demo of controlgen (not published).

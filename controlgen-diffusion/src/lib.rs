@@ -1,0 +1,1 @@
+//! Controllable generation of images: denoisers, noise schedules, samplers and pipelines.

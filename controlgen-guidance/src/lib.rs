@@ -1,0 +1,1 @@
+//! Controllable generation of images: guidance, attention edits, inversion and masks.

@@ -1,0 +1,1 @@
+//! Controllable generation: parameter-efficient adapters, their file formats and training recipes.

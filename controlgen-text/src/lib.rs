@@ -1,0 +1,1 @@
+//! Controllable generation of text: language models, tokenizers, decoding and controls over the next token.

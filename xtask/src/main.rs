@@ -1,0 +1,3 @@
+//! Set-up and developer commands: `cargo xtask help`.
+
+fn main() {}
