@@ -8,5 +8,8 @@
 //! step by step. `docs/architecture.md` in the repository draws the picture.
 
 mod error;
+pub mod ndarray;
+pub mod noise;
+pub mod progress;
 
 pub use error::{Error, Result};
