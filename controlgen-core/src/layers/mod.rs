@@ -1,0 +1,11 @@
+//! Layers that know their sites: what models are built of.
+
+mod embedding;
+mod linear;
+mod norm;
+mod rotary;
+
+pub use embedding::Embedding;
+pub use linear::Linear;
+pub use norm::{LayerNorm, RmsNorm};
+pub use rotary::{Rotary, RotaryScaling, Rotations};
