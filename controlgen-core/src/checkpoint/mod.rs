@@ -7,8 +7,19 @@
 //! back once copied, so that loading needs little more memory than the weights.
 
 pub(crate) mod fill;
+mod header;
+mod json;
+mod report;
+mod safetensors;
+mod save;
+mod weights;
 
 use tch::{Kind, Tensor};
+
+pub use report::Report;
+pub use safetensors::Safetensors;
+pub use save::save;
+pub use weights::{Weights, prefixes};
 
 use crate::Result;
 
