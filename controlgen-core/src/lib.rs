@@ -8,9 +8,12 @@
 //! step by step. `docs/architecture.md` in the repository draws the picture.
 
 mod attention;
+pub mod checkpoint;
 mod control;
 mod device;
 mod error;
+#[cfg(feature = "gguf")]
+pub mod gguf;
 mod lanes;
 mod language_model;
 pub mod layers;

@@ -126,7 +126,7 @@ impl Gpt2 {
             };
             // The checkpoint stores these [inputs, outputs].
             let mut conv1d = |part: &str, inputs, outputs, slices| -> Result<Linear> {
-                let weight = w.get(&format!("{part}.weight"), &[inputs, outputs])?;
+                let weight = w.transposed(&format!("{part}.weight"), &[outputs, inputs])?;
                 let bias = w.get(&format!("{part}.bias"), &[outputs])?;
                 let site = sites.add_site(Site {
                     name: format!("{name}.{part}"),
@@ -134,7 +134,7 @@ impl Gpt2 {
                     dims: Dims::Linear { inputs, outputs },
                     slices,
                 });
-                Linear::new(weight.f_transpose(0, 1)?.f_contiguous()?, Some(bias), &[(site, outputs)])
+                Linear::new(weight, Some(bias), &[(site, outputs)])
             };
             let slice = |name, n| Slice { name, start: n * d, len: d };
             let slices = vec![slice("q", 0), slice("k", 1), slice("v", 2)];

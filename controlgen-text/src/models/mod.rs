@@ -7,7 +7,7 @@ mod llama;
 
 use std::path::Path;
 
-use controlgen_core::checkpoint::{Safetensors, TensorSource, Weights};
+use controlgen_core::checkpoint::{Safetensors, TensorSource, Weights, prefixes};
 use controlgen_core::{Error, LanguageModel, Placement, Result, Source};
 
 pub use config::Config;
@@ -34,22 +34,19 @@ pub fn load(config: &Config, source: &dyn TensorSource, placement: Placement) ->
     let model_type = config.str("model_type")?.ok_or_else(|| {
         config.error("model_type", format!("one of {}", known().collect::<Vec<_>>().join(", ")), "nothing")
     })?;
-    let weights = Weights::new(source, placement.kind, placement.device);
+    let weights = Weights::new(source, placement.options());
     let model: Box<dyn LanguageModel> = match model_type {
         name if gpt2::MODEL_TYPES.contains(&name) => {
             // Older files name the body alone.
-            let weights = weights.rename(|name| {
-                let short = name.strip_prefix("transformer.").map(str::to_owned);
-                std::iter::once(name.to_owned()).chain(short).collect()
-            });
+            let weights = weights.rename(prefixes(&[("transformer.", "")]));
             let model = Gpt2::load(config, &weights, placement)?;
             // Causal masks that old files carry, and a tied output that is stored all the same.
-            weights.finish(&leftovers(config, true, &[".attn.bias", ".attn.masked_bias"])?)?;
+            weights.finish(&leftovers(config, true, &["*.attn.bias", "*.attn.masked_bias"])?)?;
             Box::new(model)
         }
         name if llama::MODEL_TYPES.contains(&name) => {
             let model = Llama::load(config, &weights, placement)?;
-            weights.finish(&leftovers(config, false, &[".rotary_emb.inv_freq"])?)?;
+            weights.finish(&leftovers(config, false, &["*.rotary_emb.inv_freq"])?)?;
             Box::new(model)
         }
         name => {
