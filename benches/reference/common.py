@@ -35,7 +35,9 @@ def write_json(path: Path, value, compact: bool = False) -> None:
 def save_cases(path: Path, tensors: dict, about: str) -> None:
     """Tensors in one safetensors file whose metadata says how they were made."""
     tensors = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
-    save_file(tensors, path, metadata={"about": about, **VERSIONS})
+    # One entry: several would be written in a random order, and the files would not repeat byte for byte.
+    made_by = f"{about}; transformers {VERSIONS['transformers']}, torch {VERSIONS['torch']}"
+    save_file(tensors, path, metadata={"about": made_by})
 
 
 def randomise(model: torch.nn.Module, seed: int, gain: float = 1.3, table_std: float = 0.8) -> None:
