@@ -9,4 +9,4 @@
 
 mod error;
 
-pub use error::{Error, Result};
+pub use error::{Error, RemoteError, Result};
