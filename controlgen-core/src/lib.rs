@@ -7,6 +7,10 @@
 //! acts in one of four places: the input, the weights and activations, the inside of a forward pass, or the output
 //! step by step. `docs/architecture.md` in the repository draws the picture.
 
+pub mod checkpoint;
 mod error;
+#[cfg(feature = "gguf")]
+pub mod gguf;
+mod sys;
 
 pub use error::{Error, RemoteError, Result};
