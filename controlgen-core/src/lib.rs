@@ -25,7 +25,7 @@ mod token_control;
 pub use attention::{Attn, Mask};
 pub use control::{At, Binding, Control, Controls, Next};
 pub use device::{Placement, device, kind};
-pub use error::{Error, Result};
+pub use error::{Error, RemoteError, Result};
 pub use lanes::{BoxRows, Lane, Lanes, Rows};
 pub use language_model::{
     LanguageModel, LmInput, LmOutput, LmSpec, Logits, Source, State, StateImpl, Tokens, WeightMap,

@@ -109,8 +109,10 @@ pub fn score_text(
         // Scored so far: tokens 1 ..= logprobs.len().
         let new = logprobs.len() + 1 - start;
         let len = as_i64(end - start - new);
-        let chosen =
-            token_logprobs(&logits.f_narrow(1, as_i64(new) - 1, len)?, &input.f_narrow(1, as_i64(new), len)?)?;
+        let chosen = token_logprobs(
+            &logits.f_narrow(1, as_i64(new) - 1, len)?,
+            &input.f_narrow(1, as_i64(new), len)?,
+        )?;
         logprobs.extend(Vec::<f64>::try_from(chosen.f_get(0)?)?);
         start += stride;
     }

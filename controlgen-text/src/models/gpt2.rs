@@ -5,8 +5,8 @@ use std::sync::Arc;
 use controlgen_core::checkpoint::Weights;
 use controlgen_core::layers::{Activation, Embedding, LayerNorm, Linear};
 use controlgen_core::{
-    Attn, Dims, LanguageModel, LmInput, LmOutput, LmSpec, Logits, Pass, Placement, Result, Site, SiteId, SiteMap,
-    Slice, Source, State, WeightMap,
+    Attn, Dims, LanguageModel, LmInput, LmOutput, LmSpec, Logits, Pass, Placement, Result, Site, SiteId,
+    SiteMap, Slice, Source, State, WeightMap,
 };
 use tch::Tensor;
 

@@ -108,9 +108,9 @@ impl KvCache {
             (None, true) => {
                 let mut positions = match &new {
                     Some(keep) => keep.f_cumsum(1, Kind::Int64)?.f_sub_scalar(1)?,
-                    None => {
-                        Tensor::f_arange(len, (Kind::Int64, device))?.f_unsqueeze(0)?.f_expand([batch, -1], false)?
-                    }
+                    None => Tensor::f_arange(len, (Kind::Int64, device))?
+                        .f_unsqueeze(0)?
+                        .f_expand([batch, -1], false)?,
                 };
                 if let Some(keep) = &self.keep {
                     let before = keep.f_sum_dim_intlist(&[1i64][..], true, Kind::Int64)?;

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use controlgen_core::checkpoint::Weights;
 use controlgen_core::layers::{Activation, Embedding, Linear, RmsNorm, Rotary, RotaryScaling};
 use controlgen_core::{
-    Attn, Dims, Error, LanguageModel, LmInput, LmOutput, LmSpec, Logits, Pass, Placement, Result, SiteId, SiteMap,
-    Source, State, WeightMap,
+    Attn, Dims, Error, LanguageModel, LmInput, LmOutput, LmSpec, Logits, Pass, Placement, Result, SiteId,
+    SiteMap, Source, State, WeightMap,
 };
 use tch::Tensor;
 
@@ -74,7 +74,8 @@ impl LlamaConfig {
             Some(head_dim) => head_dim,
             None if hidden_size % heads == 0 => hidden_size.div_euclid(heads),
             None => {
-                let expected = format!("a multiple of num_attention_heads = {heads}, there being no head_dim");
+                let expected =
+                    format!("a multiple of num_attention_heads = {heads}, there being no head_dim");
                 return Err(config.error("hidden_size", expected, hidden_size));
             }
         };

@@ -29,7 +29,11 @@ pub fn open(directory: &Path, placement: Placement) -> Result<Box<dyn LanguageMo
 ///
 /// # Errors
 /// As [`open`].
-pub fn load(config: &Config, source: &dyn TensorSource, placement: Placement) -> Result<Box<dyn LanguageModel>> {
+pub fn load(
+    config: &Config,
+    source: &dyn TensorSource,
+    placement: Placement,
+) -> Result<Box<dyn LanguageModel>> {
     let known = || gpt2::MODEL_TYPES.iter().chain(&llama::MODEL_TYPES).copied();
     let model_type = config.str("model_type")?.ok_or_else(|| {
         config.error("model_type", format!("one of {}", known().collect::<Vec<_>>().join(", ")), "nothing")
