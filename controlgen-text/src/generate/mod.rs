@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use controlgen_core::progress::{CancelToken, Flow};
 use controlgen_core::{Controls, Error, LanguageModel, Pass, Placement, Result, TokenControl, TokenControls};
 
-use crate::chat::{ChatTemplate, Message};
+use crate::chat::{ChatOptions, ChatTemplate, Message};
 use crate::models;
 use crate::search::{self, After, Choice, Chosen, Finish, Hypothesis, Listener, Task};
 use crate::tokenizer::{Special, StopStrings, TextStream, Tokenizer};
 
-pub use config::GenerationConfig;
+pub use config::{GenerationConfig, OneOrMany};
 
 /// A language model with its tokenizer.
 pub struct TextModel {
@@ -105,7 +105,7 @@ impl TextModel {
     /// # Errors
     /// Those of [`TextModel::chat_template`] and of the template.
     pub fn chat(&self, messages: &[Message]) -> Result<Generate<'_>> {
-        let text = self.chat_template()?.render(messages, true)?;
+        let text = self.chat_template()?.render(messages, &ChatOptions::new().generation_prompt(true))?;
         Ok(Generate::new(self, vec![Prompt::Rendered(text)]))
     }
 }
@@ -138,6 +138,8 @@ pub struct Generate<'a> {
     choice: Choice,
     n: usize,
     max_new_tokens: usize,
+    /// The same, the prompt's tokens counted in.
+    max_length: Option<usize>,
     eos: Option<Vec<i64>>,
     stop: Vec<String>,
     on_text: Option<OnText<'a>>,
@@ -156,6 +158,7 @@ impl<'a> Generate<'a> {
             choice: Choice::Greedy,
             n: 1,
             max_new_tokens: 128,
+            max_length: None,
             eos: None,
             stop: Vec::new(),
             on_text: None,
@@ -204,6 +207,7 @@ impl<'a> Generate<'a> {
     #[must_use]
     pub fn max_new_tokens(mut self, max_new_tokens: usize) -> Self {
         self.max_new_tokens = max_new_tokens;
+        self.max_length = None;
         self
     }
 
@@ -271,6 +275,14 @@ impl<'a> Generate<'a> {
                 Prompt::Ids(ids) => Ok(ids.clone()),
             })
             .collect::<Result<Vec<_>>>()?;
+        if let Some(max_length) = self.max_length {
+            let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+            if max_length <= longest {
+                let expected = format!("more than the prompt's {longest} tokens");
+                return Err(Error::value("max_length", expected, max_length));
+            }
+            self.max_new_tokens = max_length - longest;
+        }
         let stop = StopStrings::new(&self.stop)?;
         let texts = (0..prompts.len() * self.n)
             .map(|_| Text {

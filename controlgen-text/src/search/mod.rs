@@ -172,22 +172,6 @@ fn next_logits(logits: &Tensor) -> Result<Tensor> {
     Ok(logits.f_select(1, -1)?.f_to_kind(Kind::Float)?.f_contiguous()?)
 }
 
-/// logsumexp of each row of `[B, V]`.
-///
-/// # Errors
-/// [`Error::NotFinite`] for a row with a NaN or +∞, or with nothing but −∞.
-fn log_normaliser(logits: &Tensor, what: &str, step: usize) -> Result<Vec<f64>> {
-    let sums = Vec::<f64>::try_from(logits.f_logsumexp(&[-1i64][..], false)?.f_to_kind(Kind::Double)?)?;
-    match sums.iter().position(|sum| !sum.is_finite()) {
-        None => Ok(sums),
-        Some(row) => Err(Error::NotFinite {
-            what: what.to_owned(),
-            at: format!("row {row}, step {step}"),
-            found: if sums[row].is_nan() { "NaN" } else { "infinity" }.to_owned(),
-        }),
-    }
-}
-
 /// Everything with one entry per unfinished row, reordered together.
 struct Live {
     state: State,

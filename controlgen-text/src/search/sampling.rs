@@ -4,7 +4,7 @@ use controlgen_core::noise::Stream;
 use controlgen_core::progress::Flow;
 use controlgen_core::{Error, Result, Rows, TokenControl};
 
-use super::{After, Chosen, Finish, Hypothesis, Listener, Live, Task, extend, log_normaliser, prefill};
+use super::{After, Chosen, Finish, Hypothesis, Listener, Live, Task, extend, prefill};
 use crate::sample;
 
 /// How a token is chosen from the controlled scores.
@@ -60,39 +60,41 @@ pub fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) ->
     let mut rows: Vec<usize> = (0..hypotheses.len()).collect();
 
     for step in 0..task.max_new_tokens {
-        let model_sums = log_normaliser(&live.logits, "the model's logits", step)?;
-        let (scores, score_sums);
-        if task.controls.is_empty() {
-            scores = live.logits.shallow_clone();
-            score_sums = model_sums.clone();
-        } else {
-            scores = task.controls.score(&mut live.controls, live.logits.f_copy()?)?;
-            score_sums = log_sums(&scores, step)?;
-        }
-        let tokens = match choice {
-            Choice::Greedy => sample::greedy(&scores)?,
-            Choice::Sample { .. } => {
-                let uniforms: Vec<f64> = rows
-                    .iter()
-                    .map(|&row| streams[row].as_mut().map_or(0.0, Stream::uniform))
-                    .collect();
-                sample::categorical(&scores, &uniforms)?
-            }
+        // An error names the completion, not the row that it has in what is left of the batch.
+        let located = |error: Error| match sample::at_step(error, step) {
+            Error::AllBanned { row, step } => Error::AllBanned { row: rows[row], step },
+            other => other,
         };
-        let model = sample::gather(&live.logits, &tokens)?;
-        let controlled =
-            if task.controls.is_empty() { model.clone() } else { sample::gather(&scores, &tokens)? };
+        let controlled = if task.controls.is_empty() {
+            None
+        } else {
+            Some(task.controls.score(&mut live.controls, live.logits.f_copy()?)?)
+        };
+        let scores = controlled.as_ref().unwrap_or(&live.logits);
+        let tokens = match choice {
+            Choice::Greedy => sample::greedy(scores),
+            Choice::Sample { .. } => {
+                let draw = |&row: &usize| streams[row].as_mut().map_or(0.0, Stream::uniform);
+                sample::categorical(scores, &rows.iter().map(draw).collect::<Vec<_>>())
+            }
+        }
+        .map_err(located)?;
+        let logprobs = sample::log_prob_of(&live.logits, &tokens)?;
+        let scored = match &controlled {
+            Some(scores) => sample::log_prob_of(scores, &tokens)?,
+            None => logprobs.clone(),
+        };
 
         task.controls.advance(&mut live.controls, &tokens)?;
         let mut going = Vec::with_capacity(rows.len());
         for (i, (&row, &token)) in rows.iter().zip(&tokens).enumerate() {
             let hypothesis = &mut hypotheses[row];
-            hypothesis.score += controlled[i] - score_sums[i];
+            hypothesis.score += scored[i];
             if task.eos.contains(&token) {
                 hypothesis.finish = Finish::Eos(token);
             } else {
                 hypothesis.ids.push(token);
-                hypothesis.logprobs.push(model[i] - model_sums[i]);
+                hypothesis.logprobs.push(logprobs[i]);
                 match listener.token(Chosen { so_far: hypothesis, token })? {
                     After::Finish => hypothesis.finish = Finish::Stopped,
                     After::Continue => {
@@ -129,17 +131,4 @@ pub fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) ->
         live.logits = extend(task.lm, &next, &mut live.state, &task.pass)?;
     }
     Ok(hypotheses)
-}
-
-/// logsumexp of controlled scores.
-fn log_sums(scores: &tch::Tensor, step: usize) -> Result<Vec<f64>> {
-    log_normaliser(scores, "the controlled scores", step).map_err(|error| banned(scores, step).unwrap_or(error))
-}
-
-/// Whether a row's scores are all −∞.
-fn banned(scores: &tch::Tensor, step: usize) -> Option<Error> {
-    let highest = scores.f_amax(&[-1i64][..], false).ok()?.f_to_kind(tch::Kind::Double).ok()?;
-    let highest = Vec::<f64>::try_from(highest).ok()?;
-    let row = highest.iter().position(|&score| score == f64::NEG_INFINITY)?;
-    Some(Error::AllBanned { row, step })
 }
