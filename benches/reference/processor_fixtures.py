@@ -32,7 +32,7 @@ def inputs():
     top = ties.topk(6, dim=-1)
     ties.scatter_(1, top.indices[:, 2:6], top.values[:, 2:3].expand(-1, 4).contiguous())
     banned = logits.clone()
-    banned[:, ::3] = -math.inf
+    banned[:, 1::3] = -math.inf
     banned[1, 1:] = -math.inf
     return {"logits": logits, "logits_ties": ties, "logits_banned": banned, "input_ids": history}
 
@@ -99,19 +99,33 @@ def stacked(values, data):
     return processors(data["input_ids"], data["logits"].clone()), names
 
 
+def firm(name, processor, ids, logits, scores):
+    """No token may hang on rounding: double precision must ban the same ones."""
+    try:
+        exact = processor(ids, logits.double())
+    except RuntimeError:  # a few processors hold f32 biases; they ban nothing by value
+        return
+    if not torch.equal(exact.isinf(), scores.isinf()):
+        fail(f"{name}: f32 and f64 keep different tokens")
+
+
 def main():
     torch.set_num_threads(1)
     data = inputs()
     tensors, index = dict(data), []
 
     def add(name, kind, parameters, scores, source, **more):
-        if torch.isnan(scores).any():
-            fail(f"{name} gives NaN")
+        if torch.isnan(scores).any() or scores.isinf().all(dim=-1).any():
+            fail(f"{name} gives NaN or bans all tokens of a row")
         tensors[f"{name}.scores"] = scores
         index.append({"name": name, "kind": kind, "parameters": parameters, "input": source,
                       "output": f"{name}.scores", **more})
 
     for name, kind, parameters, processor in cases():
+        # Eta sampling refuses tokens that are banned already.
+        for source in ("logits",) if kind == "eta_cutoff" else ("logits", "logits_banned", "logits_ties"):
+            scores = processor(data["input_ids"], data[source].clone())
+            firm(f"{name} on {source}", processor, data["input_ids"], data[source], scores)
         add(name, kind, parameters, processor(data["input_ids"], data["logits"].clone()), "logits")
         if kind in ("top_k", "top_p", "min_p", "typical_p", "temperature", "repetition_penalty"):
             add(f"{name}_banned", kind, parameters, processor(data["input_ids"], data["logits_banned"].clone()),

@@ -180,7 +180,7 @@ impl Side {
         let processor = json!({
             "type": "TemplateProcessing",
             "single": frame("A", 0),
-            "pair": [frame("A", 0), frame("B", 1)].concat(),
+            "pair": ([frame("A", 0), frame("B", 1)].concat()),
             "special_tokens": special_tokens,
         });
         let processor: tokenizers::PostProcessorWrapper = serde_json::from_value(processor)

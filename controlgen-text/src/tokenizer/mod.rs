@@ -5,7 +5,7 @@
 
 mod files;
 #[cfg(feature = "gguf")]
-pub mod gguf;
+mod gguf;
 mod pieces;
 mod save;
 mod stop;
@@ -93,7 +93,9 @@ impl Tokenizer {
         let backend = tokenizers::Tokenizer::from_bytes(bytes)
             .map_err(|source| Error::format(&file, format!("not a tokenizer.json: {source}")))?;
         let side = match file.parent() {
-            Some(folder) if file.file_name().is_some_and(|name| name == "tokenizer.json") => Side::read(folder)?,
+            Some(folder) if file.file_name().is_some_and(|name| name == "tokenizer.json") => {
+                Side::read(folder)?
+            }
             _ => Side::default(),
         };
         Self::new(backend, side)

@@ -56,7 +56,9 @@ impl Decoding {
                 Some("Strip") if fused && strip == 0 => {
                     let stop = step["stop"].as_u64();
                     match (step["content"].as_str(), step["start"].as_u64(), stop) {
-                        (Some(" "), Some(start), Some(0)) => strip = usize::try_from(start).unwrap_or(usize::MAX),
+                        (Some(" "), Some(start), Some(0)) => {
+                            strip = usize::try_from(start).unwrap_or(usize::MAX);
+                        }
                         _ => return Self::Opaque,
                     }
                 }
@@ -115,12 +117,6 @@ fn byte_of(c: char) -> Option<u8> {
         Ok(byte) => Some(byte).filter(|&byte| printable(byte)),
         Err(_) => REST.get(usize::try_from(code - 256).ok()?).copied(),
     }
-}
-
-/// Whether every character of a token belongs to the byte-level alphabet.
-#[cfg(feature = "gguf")]
-pub(crate) fn is_byte_level(token: &str) -> bool {
-    token.chars().all(|c| byte_of(c).is_some())
 }
 
 /// Joins tokens into text, holding back bytes that do not yet make a character.
@@ -273,13 +269,19 @@ mod tests {
         }
         assert_eq!(byte_level_bytes("cafÃ©"), "café".as_bytes());
         assert_eq!(byte_level_bytes("<｜x｜>"), "<｜x｜>".as_bytes());
-        let known = (0..0x200).filter_map(char::from_u32).filter_map(byte_of).collect::<std::collections::BTreeSet<_>>();
+        let known = (0..0x200)
+            .filter_map(char::from_u32)
+            .filter_map(byte_of)
+            .collect::<std::collections::BTreeSet<_>>();
         assert_eq!(known.len(), 256);
     }
 
     #[test]
     fn invalid_bytes_are_replaced_as_sentencepiece_does() {
-        assert_eq!(join(llama(), &["▁a", "<0xE5>", "<0x8F>", "<0xAB>", "<0xE5>", "<0x8F>", "b"]), "a叫\u{FFFD}\u{FFFD}b");
+        assert_eq!(
+            join(llama(), &["▁a", "<0xE5>", "<0x8F>", "<0xAB>", "<0xE5>", "<0x8F>", "b"]),
+            "a叫\u{FFFD}\u{FFFD}b"
+        );
         assert_eq!(join(llama(), &["<0x20>", "<0x20>", "x"]), " x");
         assert_eq!(join(llama(), &["<0xF0>", "<0x9F>"]), "\u{FFFD}\u{FFFD}");
         assert_eq!(join(llama(), &["▁", "▁x"]), " x");
@@ -290,7 +292,13 @@ mod tests {
         for bytes in [&b"a\xE5\x8Fb"[..], b"\xF0\x9F\x98", b"\xFF\xFE\xE5", b"\xE5\xE5\x8F\xAB\x80"] {
             let spelled: Vec<String> = bytes
                 .iter()
-                .map(|&b| (0..0x200).filter_map(char::from_u32).find(|&c| byte_of(c) == Some(b)).unwrap().to_string())
+                .map(|&b| {
+                    (0..0x200)
+                        .filter_map(char::from_u32)
+                        .find(|&c| byte_of(c) == Some(b))
+                        .unwrap()
+                        .to_string()
+                })
                 .collect();
             let tokens: Vec<&str> = spelled.iter().map(String::as_str).collect();
             assert_eq!(join(Decoding::ByteLevel, &tokens), String::from_utf8_lossy(bytes), "{bytes:x?}");
