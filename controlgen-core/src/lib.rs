@@ -20,6 +20,8 @@ pub mod layers;
 mod pass;
 mod sites;
 mod sys;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod token_control;
 
 pub use attention::{Attn, Mask};
