@@ -10,7 +10,7 @@ use crate::controls::{
     BannedWords, EpsilonCutoff, EtaCutoff, ForcedPrefix, FrequencyPresence, LogitBias, MinLength, MinP,
     NoRepeatNgram, RepetitionPenalty, Suppress, Temperature, TopK, TopP, Typical,
 };
-use crate::tokenizer::{Special, Tokenizer};
+use crate::tokenizer::Special;
 
 /// What to generate with, under the field names of transformers' GenerationConfig.
 ///
@@ -163,7 +163,7 @@ impl GenerationConfig {
         }
         let mut banned = self.bad_words_ids.clone().unwrap_or_default();
         for word in self.bad_words.iter().flatten() {
-            banned.extend(spellings(&tokenizer, word)?);
+            banned.extend(tokenizer.spellings(word)?);
         }
         if !banned.is_empty() {
             controls.push(BannedWords::new(banned)?);
@@ -216,17 +216,4 @@ impl GenerationConfig {
         }
         Ok(())
     }
-}
-
-/// The token sequences of a word at the start of a text and after a space.
-pub(crate) fn spellings(tokenizer: &Tokenizer, word: &str) -> Result<Vec<Vec<i64>>> {
-    if word.trim().is_empty() {
-        return Err(Error::value("banned word", "at least one character that is no space", format!("{word:?}")));
-    }
-    let mut spelled = vec![tokenizer.encode(word, Special::Keep)?];
-    let spaced = tokenizer.encode(&format!(" {word}"), Special::Keep)?;
-    if !word.starts_with(' ') && !spelled.contains(&spaced) {
-        spelled.push(spaced);
-    }
-    Ok(spelled)
 }

@@ -2,7 +2,7 @@
 
 use controlgen_core::noise::Stream;
 use controlgen_core::progress::Flow;
-use controlgen_core::{Error, Result, Rows, TokenControl};
+use controlgen_core::{Error, Result, TokenControl};
 
 use super::{After, Chosen, Finish, Hypothesis, Listener, Live, Task, extend, prefill};
 use crate::sample;
@@ -68,7 +68,7 @@ pub fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) ->
         let controlled = if task.controls.is_empty() {
             None
         } else {
-            Some(task.controls.score(&mut live.controls, live.logits.f_copy()?)?)
+            Some(task.controls.score(&mut live.controls, live.logits.f_detach_copy()?)?)
         };
         let scores = controlled.as_ref().unwrap_or(&live.logits);
         let tokens = match choice {
