@@ -10,6 +10,8 @@ use crate::{Error, Result};
 
 /// Bytes of a map that are read before their pages are released.
 const PIECE: usize = 4 << 20;
+/// Ranges of fewer bytes are left to the system: they share their pages with other tensors.
+const ADVISED: usize = 64 << 10;
 
 /// How many elements lie in a block, and how many bytes it takes.
 #[derive(Debug, Clone, Copy)]
@@ -98,7 +100,9 @@ pub(crate) fn chunks(
     for chunk in data.chunks(bytes_per_chunk.max(1)) {
         if at >= populated {
             populated = range.end.min(at + PIECE.max(chunk.len()));
-            map.populate(&(at..populated));
+            if populated - at >= ADVISED {
+                map.populate(&(at..populated));
+            }
         }
         let count = chunk.len().div_ceil(block.bytes.max(1)).saturating_mul(block.elements);
         let (start, length) = (i64::try_from(done), i64::try_from(count));
@@ -109,7 +113,9 @@ pub(crate) fn chunks(
         done += count;
         at += chunk.len();
         if at - released >= PIECE || at == range.end {
-            map.release(&(released..at));
+            if at - released >= ADVISED {
+                map.release(&(released..at));
+            }
             released = at;
         }
     }

@@ -101,6 +101,8 @@ impl Header {
     }
 
     fn parse(text: &[u8], data_at: usize) -> Result<Self, Fault> {
+        std::str::from_utf8(text)
+            .map_err(|error| Fault { at: error.valid_up_to(), problem: "not UTF-8".to_owned() })?;
         // Counted first, so that the lists are allocated once and in their exact size.
         let (mut count, mut name_bytes, mut size_count) = (0, 0, 0);
         each_tensor(text, |name, tensor| {
