@@ -110,6 +110,7 @@ pub fn ensure(repository: &Repository, options: &Options) -> Result<Ready> {
     if !options.fetch_only {
         huggingface::ensure(repository, &mut stamp, &temporary.0, &ready.libtorch)?;
     }
+    temporary.clean()?;
     println!("set-up done in {}", process::time(begin.elapsed()));
     Ok(ready)
 }
@@ -133,15 +134,28 @@ impl Temporary {
     fn fresh(repository: &Repository) -> Result<Self> {
         let all = repository.temporary();
         if all.exists() {
-            let bytes = files::size_of(&all);
-            files::remove(&all)?;
-            println!("removed what an interrupted run left ({})", process::megabytes(bytes));
+            println!("an interrupted run left something behind");
+            clear(&all)?;
         }
         // The process id: a pip that outlived an interrupted run cannot write into this one's folder.
         let own = all.join(std::process::id().to_string());
         files::create_folder(&own)?;
         Ok(Self(own))
     }
+
+    /// Empties the folder of what takes time, which is what was replaced, and says so.
+    fn clean(&self) -> Result<()> {
+        if files::size_of(&self.0) > 1_000_000 { clear(&self.0) } else { Ok(()) }
+    }
+}
+
+/// Removes a folder, and says how long it took.
+fn clear(folder: &Path) -> Result<()> {
+    timed(|| {
+        let bytes = files::size_of(folder);
+        files::remove(folder)?;
+        Ok(((), format!("removed {} that are not needed any more", process::megabytes(bytes))))
+    })
 }
 
 impl Drop for Temporary {

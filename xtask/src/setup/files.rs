@@ -26,14 +26,16 @@ pub fn remove(path: &Path) -> Result<()> {
 }
 
 /// Puts `new` where `place` is. What was there is moved to `temporary` first, since a folder cannot be renamed over
-/// another.
+/// another, and stays there: removing a large one takes long.
 pub fn replace(new: &Path, place: &Path, temporary: &Path) -> Result<()> {
     if let Some(parent) = place.parent() {
         create_folder(parent)?;
     }
     if fs::symlink_metadata(place).is_ok() {
-        let old = temporary.join("replaced");
-        remove(&old)?;
+        let old = (0..)
+            .map(|number| temporary.join(format!("replaced-{number}")))
+            .find(|free| fs::symlink_metadata(free).is_err())
+            .unwrap_or_else(|| temporary.join("replaced"));
         fs::rename(place, &old).map_err(|error| Failure::io("moving away", place, error))?;
     }
     fs::rename(new, place).map_err(|error| Failure::io("putting into place", place, error))
