@@ -375,7 +375,7 @@ fn mutated(file: &Value, text: &str, choice: (u8, usize, usize)) -> String {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(
-        std::env::var("CONTROLGEN_FUZZ_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(100)
+        std::env::var("CONTROLGEN_FUZZ_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(30)
     ))]
     #[test]
     fn mutated_files_do_not_panic(choices in proptest::collection::vec(any::<(u8, usize, usize)>(), 10)) {
