@@ -12,6 +12,8 @@ pub(super) fn refuse(message: String) -> Error {
 pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     let text = |at: usize| args.get(at).and_then(Value::as_str);
     if let Some(this) = value.as_str() {
+        // Text is charged for when it is there; what may be far longer than what it is made of, before.
+        state.consume_fuel(made_by(name, this, args) >> 6)?;
         match (name, text(0)) {
             ("removeprefix", Some(prefix)) => return Ok(this.strip_prefix(prefix).unwrap_or(this).into()),
             ("removesuffix", Some(suffix)) => return Ok(this.strip_suffix(suffix).unwrap_or(this).into()),
@@ -33,6 +35,26 @@ pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value
         }
     }
     minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args)
+}
+
+/// How many bytes the methods make that repeat one of their strings.
+fn made_by(method: &str, this: &str, args: &[Value]) -> u64 {
+    let bytes = match (method, args) {
+        ("replace", [old, new, ..]) => {
+            let (old, new) = (old.as_str().unwrap_or_default(), new.as_str().unwrap_or_default());
+            this.matches(old).count().saturating_mul(new.len())
+        }
+        ("join", [parts, ..]) => parts.len().unwrap_or_default().saturating_mul(this.len()),
+        // Widths and precisions; a number too long for u64 counts as one that cannot be had.
+        ("format", _) => {
+            let fields = this.split('{').skip(1).filter_map(|field| field.split('}').next());
+            let numbers = fields.flat_map(|field| field.split(|c: char| !c.is_ascii_digit()));
+            let widths = numbers.filter(|number| !number.is_empty()).map(|n| n.parse().unwrap_or(usize::MAX));
+            widths.fold(0, usize::saturating_add)
+        }
+        _ => 0,
+    };
+    u64::try_from(bytes).unwrap_or(u64::MAX)
 }
 
 fn list<'a>(parts: impl IntoIterator<Item = &'a str>) -> Value {

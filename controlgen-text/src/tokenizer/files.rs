@@ -1,4 +1,4 @@
-//! The files beside a tokenizer.json: special tokens, whether to add them, chat templates, EOS ids.
+//! The files beside a tokenizer.json, read as transformers reads them: special tokens, chat templates, EOS ids.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,23 +7,22 @@ use controlgen_core::{Error, Result};
 use serde_json::{Map, Value, json};
 use tokenizers::AddedToken;
 
-/// The names under which special tokens are stated, in transformers' order.
-pub(super) const ROLES: [&str; 7] =
+/// The names under which special tokens are stated.
+const ROLES: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 /// What the files beside a tokenizer.json say.
 #[derive(Default, Debug)]
 pub(super) struct Side {
     /// Special tokens by role.
-    pub roles: Vec<(&'static str, AddedToken)>,
+    pub roles: Vec<(String, AddedToken)>,
     /// Special tokens without a role of their own.
     pub extra: Vec<AddedToken>,
     /// Added tokens, by id.
     pub added: BTreeMap<u32, AddedToken>,
-    /// Whether the BOS token begins an encoded text: overrides the post-processor where stated.
-    pub add_bos: Option<bool>,
-    /// Whether the EOS token ends an encoded text.
-    pub add_eos: Option<bool>,
+    /// Whether the BOS token begins and the EOS token ends an encoded text, where this is not left to the
+    /// post-processor of tokenizer.json.
+    pub frame: Option<(bool, bool)>,
     pub bos_id: Option<i64>,
     pub eos_ids: Option<Vec<i64>>,
     pub pad_id: Option<i64>,
@@ -39,13 +38,15 @@ impl Side {
         let mut side = Self::default();
         if let Some(file) = JsonFile::read(folder, "tokenizer_config.json")? {
             side.special_tokens(&file)?;
-            side.add_bos = file.boolean("add_bos_token")?;
-            side.add_eos = file.boolean("add_eos_token")?;
+            side.added_tokens(&file)?;
             // Stated as 1e30 where there is no limit.
             side.max_length = file.map.get("model_max_length").and_then(Value::as_u64);
             side.templates = file.templates()?;
         }
-        if let Some(file) = JsonFile::read(folder, "special_tokens_map.json")? {
+        // Of a time when added tokens stood in no other file; what it says takes precedence.
+        if side.added.is_empty()
+            && let Some(file) = JsonFile::read(folder, "special_tokens_map.json")?
+        {
             side.special_tokens(&file)?;
         }
         if let Some(file) = JsonFile::read(folder, "generation_config.json")? {
@@ -61,13 +62,17 @@ impl Side {
         self.roles.iter().find(|(name, _)| *name == role).map(|(_, token)| token.content.as_str())
     }
 
-    /// Takes the special tokens of one file; what an earlier file stated stays.
+    /// Takes the special tokens of one file, over those of an earlier one.
     fn special_tokens(&mut self, file: &JsonFile) -> Result<()> {
-        for role in ROLES {
-            if self.special(role).is_none()
-                && let Some(token) = file.map.get(role).and_then(|value| file.token(role, value).transpose())
-            {
-                self.roles.push((role, token?));
+        for (role, value) in &file.map {
+            let known = ROLES.contains(&role.as_str());
+            // Roles of some model's own, such as `image_token`, are strings.
+            if !(known || role.ends_with("_token") && value.is_string()) {
+                continue;
+            }
+            if let Some(token) = file.token(role, value)? {
+                self.roles.retain(|(earlier, _)| earlier != role);
+                self.roles.push((role.clone(), token));
             }
         }
         for field in ["additional_special_tokens", "extra_special_tokens"] {
@@ -85,19 +90,22 @@ impl Side {
                 }
             }
         }
-        if let Some(Value::Object(added)) = file.map.get("added_tokens_decoder") {
-            for (id, value) in added {
-                let field = format!("added_tokens_decoder.{id}");
-                let id = id.parse().map_err(|_| file.wrong(&field, "a token id as key", value))?;
-                if let Some(token) = file.token(&field, value)? {
-                    self.added.insert(id, token);
-                }
+        Ok(())
+    }
+
+    fn added_tokens(&mut self, file: &JsonFile) -> Result<()> {
+        let Some(Value::Object(added)) = file.map.get("added_tokens_decoder") else { return Ok(()) };
+        for (id, value) in added {
+            let field = format!("added_tokens_decoder.{id}");
+            let id = id.parse().map_err(|_| file.wrong(&field, "a token id as key", value))?;
+            if let Some(token) = file.token(&field, value)? {
+                self.added.insert(id, token);
             }
         }
         Ok(())
     }
 
-    /// chat_template.jinja takes precedence over tokenizer_config.json; further ones have a folder of their own.
+    /// chat_template.jinja, and further templates in a folder of their own, replace those of tokenizer_config.json.
     fn jinja_files(&mut self, folder: &Path) -> Result<()> {
         let mut found = Vec::new();
         let default = folder.join("chat_template.jinja");
@@ -116,10 +124,13 @@ impl Side {
                 }
             }
         }
-        for (name, path) in found {
+        found.sort();
+        let read = |(name, path): (String, std::path::PathBuf)| {
             let text = std::fs::read_to_string(&path).map_err(|source| Error::io(&path, source))?;
-            self.templates.retain(|(known, _)| *known != name);
-            self.templates.push((name, text));
+            Ok((name, text))
+        };
+        if !found.is_empty() {
+            self.templates = found.into_iter().map(read).collect::<Result<_>>()?;
         }
         Ok(())
     }
@@ -145,7 +156,7 @@ impl Side {
             }
         }
         let refused = |source| Error::value("added tokens", "tokens which the tokenizer accepts", source);
-        backend.add_tokens(tokens).map_err(refused)?;
+        super::guarded(|| backend.add_tokens(tokens)).map_err(refused)?;
         for (&id, token) in &self.added {
             if backend.token_to_id(&token.content) != Some(id) {
                 let found = backend.token_to_id(&token.content).map_or("none".into(), |id| id.to_string());
@@ -154,16 +165,15 @@ impl Side {
                 return Err(Error::config("tokenizer_config.json", field, expected, id));
             }
         }
-        if self.add_bos.is_some() || self.add_eos.is_some() {
-            self.set_post_processor(backend)?;
+        match self.frame {
+            Some((bos, eos)) => self.set_post_processor(backend, bos, eos),
+            None => Ok(()),
         }
-        Ok(())
     }
 
-    /// `add_bos_token` and `add_eos_token`, where stated, replace the post-processor of tokenizer.json.
-    fn set_post_processor(&self, backend: &mut tokenizers::Tokenizer) -> Result<()> {
-        let token = |wanted: Option<bool>, role| self.special(role).filter(|_| wanted == Some(true));
-        let (bos, eos) = (token(self.add_bos, "bos_token"), token(self.add_eos, "eos_token"));
+    fn set_post_processor(&self, backend: &mut tokenizers::Tokenizer, bos: bool, eos: bool) -> Result<()> {
+        let token = |wanted: bool, role| self.special(role).filter(|_| wanted);
+        let (bos, eos) = (token(bos, "bos_token"), token(eos, "eos_token"));
         let frame = |sequence: &str, type_id: u8| {
             let special = |token: &str| json!({"SpecialToken": {"id": token, "type_id": type_id}});
             let text = json!({"Sequence": {"id": sequence, "type_id": type_id}});
@@ -219,14 +229,6 @@ impl JsonFile {
             found.push('…');
         }
         Error::config(&self.path, field, expected, found)
-    }
-
-    fn boolean(&self, field: &str) -> Result<Option<bool>> {
-        match self.map.get(field) {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::Bool(value)) => Ok(Some(*value)),
-            Some(other) => Err(self.wrong(field, "true or false", other)),
-        }
     }
 
     /// One id, or a list of ids.

@@ -154,7 +154,7 @@ impl<'a> Vocabulary<'a> {
         let refused = |source: tokenizers::Error| {
             Error::config(&self.file, "tokenizer.ggml.merges", "merges of tokens", source)
         };
-        let mut backend = tokenizers::Tokenizer::new(model.build().map_err(refused)?);
+        let mut backend = tokenizers::Tokenizer::new(super::guarded(|| model.build()).map_err(refused)?);
         let wrong = |source: serde_json::Error| {
             Error::config(&self.file, "tokenizer.ggml.pre", "a known one", source)
         };
@@ -320,15 +320,17 @@ fn side(metadata: &Metadata<'_>, tokens: &[&str], bos_by_default: bool) -> Resul
         }
     };
     let mut side = Side {
-        add_bos: Some(metadata.optional("tokenizer.ggml.add_bos_token")?.unwrap_or(bos_by_default)),
-        add_eos: Some(metadata.optional("tokenizer.ggml.add_eos_token")?.unwrap_or(false)),
+        frame: Some((
+            metadata.optional("tokenizer.ggml.add_bos_token")?.unwrap_or(bos_by_default),
+            metadata.optional("tokenizer.ggml.add_eos_token")?.unwrap_or(false),
+        )),
         ..Side::default()
     };
     for (role, name) in
         [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")]
     {
         if let Some((_, token)) = id(name)? {
-            side.roles.push((role, token));
+            side.roles.push((role.to_owned(), token));
         }
     }
     // The end of a turn or of a message ends a text too.

@@ -70,10 +70,13 @@ impl Tokenizer {
     /// Opens a tokenizer.json, or the one in a Hugging Face directory.
     ///
     /// The files beside a `tokenizer.json` are read where they are present: tokenizer_config.json,
-    /// special_tokens_map.json (special tokens, whether to add them, chat templates), chat_template.jinja,
+    /// special_tokens_map.json (special tokens, chat templates), chat_template.jinja,
     /// `additional_chat_templates/*.jinja`, and generation_config.json (the EOS ids). A file of any other name is
-    /// read alone. Truncation and padding that a tokenizer.json asks for are left out, as transformers leaves them
-    /// out unless asked.
+    /// read alone.
+    ///
+    /// Read as by transformers' `PreTrainedTokenizerFast`: which tokens frame a text is for tokenizer.json's
+    /// post-processor to say (`add_bos_token` is not read), and its truncation and padding are left out. (For some
+    /// models, transformers 5 has classes that keep only the vocabulary of a tokenizer.json.)
     ///
     /// # Errors
     /// [`Error::Io`] for a file that cannot be read, [`Error::Format`] for one that is not JSON or not a tokenizer,
@@ -91,7 +94,7 @@ impl Tokenizer {
             }
         }
         let bytes = std::fs::read(&file).map_err(|source| Error::io(&file, source))?;
-        let backend = tokenizers::Tokenizer::from_bytes(bytes)
+        let backend = guarded(|| tokenizers::Tokenizer::from_bytes(&bytes))
             .map_err(|source| Error::format(&file, format!("not a tokenizer.json: {source}")))?;
         let side = match file.parent() {
             Some(folder) if file.file_name().is_some_and(|name| name == "tokenizer.json") => {
@@ -131,7 +134,8 @@ impl Tokenizer {
     /// [`Error::Value`] for text that the vocabulary cannot spell (only vocabularies without bytes and without an
     /// unknown token have such).
     pub fn encode(&self, text: &str, special: Special) -> Result<Vec<i64>> {
-        let encoding = self.shared.backend.encode_fast(text, special == Special::Add).map_err(unspelled)?;
+        let add = special == Special::Add;
+        let encoding = guarded(|| self.shared.backend.encode_fast(text, add)).map_err(unspelled)?;
         Ok(encoding.get_ids().iter().map(|&id| i64::from(id)).collect())
     }
 
@@ -141,8 +145,8 @@ impl Tokenizer {
     /// Those of [`encode`](Self::encode).
     pub fn encode_batch<S: AsRef<str>>(&self, texts: &[S], special: Special) -> Result<Vec<Vec<i64>>> {
         let texts: Vec<&str> = texts.iter().map(AsRef::as_ref).collect();
-        let encodings =
-            self.shared.backend.encode_batch_fast(texts, special == Special::Add).map_err(unspelled)?;
+        let add = special == Special::Add;
+        let encodings = guarded(|| self.shared.backend.encode_batch_fast(texts, add)).map_err(unspelled)?;
         Ok(encodings.iter().map(|one| one.get_ids().iter().map(|&id| i64::from(id)).collect()).collect())
     }
 
@@ -159,7 +163,7 @@ impl Tokenizer {
     pub fn decode(&self, ids: &[i64], skip_special: bool) -> Result<String> {
         let Some(mut joiner) = Joiner::new(self.shared.decoding) else {
             let ids = ids.iter().map(|&id| Ok(self.token(id)?.0)).collect::<Result<Vec<_>>>()?;
-            return self.shared.backend.decode(&ids, skip_special).map_err(undecoded);
+            return guarded(|| self.shared.backend.decode(&ids, skip_special)).map_err(undecoded);
         };
         let mut out = String::new();
         for &id in ids {
@@ -218,7 +222,7 @@ impl Tokenizer {
 
     /// The special tokens by their role, as the tokenizer's files name them: `("bos_token", "<s>")`.
     pub fn special_tokens(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.shared.side.roles.iter().map(|(role, token)| (*role, token.content.as_str()))
+        self.shared.side.roles.iter().map(|(role, token)| (role.as_str(), token.content.as_str()))
     }
 
     /// The chat template that came with the tokenizer, with its special tokens as variables; `None` if none came.
@@ -255,8 +259,18 @@ impl Tokenizer {
 
     /// The `tokenizers` crate's decoding, for ids that exist and, where special tokens are skipped, are not special.
     fn decode_opaque(&self, ids: &[u32]) -> Result<String> {
-        self.shared.backend.decode(ids, false).map_err(undecoded)
+        guarded(|| self.shared.backend.decode(ids, false)).map_err(undecoded)
     }
+}
+
+/// Runs a part of the `tokenizers` crate, which panics where a tokenizer.json contradicts itself: on a merge longer
+/// than every token, on a decoder that strips more than there is.
+fn guarded<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|cause| {
+        let text = cause.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| cause.downcast_ref::<&str>().copied()).unwrap_or("no message");
+        Err(format!("the tokenizers crate panicked: {text}").into())
+    })
 }
 
 #[allow(clippy::needless_pass_by_value)] // a `map_err` function

@@ -13,7 +13,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Value`] where the `tokenizers` crate cannot write it.
     pub fn to_json(&self) -> Result<String> {
-        let written = self.shared.backend.to_string(true);
+        let written = super::guarded(|| self.shared.backend.to_string(true));
         written.map_err(|source| Error::value("tokenizer", "one that can be written as JSON", source))
     }
 
