@@ -251,7 +251,8 @@ impl TensorSource for Checkpoint {
         let mut stored = Tensor::f_empty(&shape, (into.f_kind()?, tch::Device::Cpu))?;
         self.file.read(&theirs(name), &mut stored)?;
         // Stored (heads, head_dim / 2, 2), wanted (heads, 2, head_dim / 2).
-        let ordered = stored.f_reshape([heads, -1, 2, shape.get(1).copied().unwrap_or(1)])?.f_transpose(1, 2)?;
+        let ordered =
+            stored.f_reshape([heads, -1, 2, shape.get(1).copied().unwrap_or(1)])?.f_transpose(1, 2)?;
         into.f_copy_(&ordered.f_reshape(&shape)?)?;
         Ok(())
     }

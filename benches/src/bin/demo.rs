@@ -149,7 +149,13 @@ fn shows(model: &TextModel, tokens: usize) -> Result<Vec<Show>> {
     ])
 }
 
-fn generate(model: &TextModel, show: &Show, controlled: bool, tokens: usize, bar: &ProgressBar) -> Result<Generation> {
+fn generate(
+    model: &TextModel,
+    show: &Show,
+    controlled: bool,
+    tokens: usize,
+    bar: &ProgressBar,
+) -> Result<Generation> {
     let mut generate = model.generate(show.prompt).max_new_tokens(tokens).on_step(|n| {
         bar.inc(n);
         Flow::Continue
@@ -205,7 +211,9 @@ fn run() -> Result<()> {
     } else {
         ProgressBar::hidden()
     };
-    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} tokens, {per_sec}, {eta} left  {msg}") {
+    if let Ok(style) =
+        ProgressStyle::with_template("{bar:30} {pos}/{len} tokens, {per_sec}, {eta} left  {msg}")
+    {
         bar.set_style(style);
     }
     let mut broken = Vec::new();
@@ -217,8 +225,10 @@ fn run() -> Result<()> {
         let checks: Vec<_> =
             show.checks.iter().map(|(what, holds)| (what, holds(controlled.text(), ids))).collect();
         if options.json {
-            let checks: Vec<_> =
-                checks.iter().map(|(what, holds)| serde_json::json!({ "what": what, "holds": holds })).collect();
+            let checks: Vec<_> = checks
+                .iter()
+                .map(|(what, holds)| serde_json::json!({ "what": what, "holds": holds }))
+                .collect();
             let line = serde_json::json!({
                 "control": show.name, "prompt": show.prompt,
                 "uncontrolled": plain.text(), "controlled": controlled.text(),

@@ -32,9 +32,9 @@ impl Arguments {
 
     /// The positional arguments, of which there must be as many as names.
     pub fn paths<const N: usize>(&self, names: [&str; N]) -> Result<[PathBuf; N]> {
-        <[String; N]>::try_from(self.positional.clone()).map(|paths| paths.map(PathBuf::from)).map_err(
-            |found| Error::value("arguments", names.join(" "), format!("{} of them", found.len())),
-        )
+        <[String; N]>::try_from(self.positional.clone())
+            .map(|paths| paths.map(PathBuf::from))
+            .map_err(|found| Error::value("arguments", names.join(" "), format!("{} of them", found.len())))
     }
 
     /// The last value of a flag.

@@ -12,7 +12,8 @@ const INPUTS: [&str; 4] = ["input_ids", "inputs_embeds", "attention_mask", "posi
 
 pub fn run(arguments: &[String]) -> Result<()> {
     let arguments = Arguments::parse(arguments, &["dtype", "device"])?;
-    let [model, inputs, outputs] = arguments.paths(["MODEL_DIR", "INPUTS.safetensors", "OUTPUTS.safetensors"])?;
+    let [model, inputs, outputs] =
+        arguments.paths(["MODEL_DIR", "INPUTS.safetensors", "OUTPUTS.safetensors"])?;
     let placement = arguments.placement()?;
     let inputs = Safetensors::open(&inputs)?;
     if let Some(name) = inputs.names().iter().find(|name| !INPUTS.contains(&name.as_str())) {

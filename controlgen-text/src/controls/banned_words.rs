@@ -8,6 +8,7 @@ use tch::Tensor;
 use super::check;
 use super::phrases::Phrases;
 use super::scores::{self, Prepared, TokenSet};
+use crate::tokenizer::Tokenizer;
 
 /// Bans words, given as sequences of token ids: of each sequence the last token is banned where the history, prompt
 /// included, ends with the tokens before it. A sequence of one token is always banned.
@@ -42,6 +43,18 @@ impl BannedWords {
             phrases: Arc::new(Phrases::new(words.iter().map(|word| (word.as_slice(), ())))),
             largest: words.iter().flatten().copied().max().unwrap_or(0),
         })
+    }
+
+    /// Bans words, in every spelling of [`Tokenizer::spellings`].
+    ///
+    /// # Errors
+    /// As there, and as [`BannedWords::new`].
+    pub fn words<S: AsRef<str>>(tokenizer: &Tokenizer, words: impl IntoIterator<Item = S>) -> Result<Self> {
+        let mut spelled = Vec::new();
+        for word in words {
+            spelled.extend(tokenizer.spellings(word.as_ref())?);
+        }
+        Self::new(spelled)
     }
 }
 

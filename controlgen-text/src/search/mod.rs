@@ -135,7 +135,12 @@ impl Listener for () {}
 ///
 /// # Errors
 /// The model's.
-pub fn prefill(lm: &dyn LanguageModel, prompts: &[Vec<i64>], pass: &Pass<'_>, room: usize) -> Result<(State, Tensor)> {
+pub fn prefill(
+    lm: &dyn LanguageModel,
+    prompts: &[Vec<i64>],
+    pass: &Pass<'_>,
+    room: usize,
+) -> Result<(State, Tensor)> {
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let rows = i64::try_from(prompts.len()).unwrap_or(i64::MAX);
     let fill = lm.spec().pad.or(lm.spec().eos.first().copied()).unwrap_or(0);
@@ -152,7 +157,8 @@ pub fn prefill(lm: &dyn LanguageModel, prompts: &[Vec<i64>], pass: &Pass<'_>, ro
     let shape = [rows, i64::try_from(longest).unwrap_or(i64::MAX)];
     let ids = Tensor::f_from_slice(&ids)?.f_view(shape)?.f_to_device(device)?;
     let ragged = keep.contains(&false);
-    let keep = if ragged { Some(Tensor::f_from_slice(&keep)?.f_view(shape)?.f_to_device(device)?) } else { None };
+    let keep =
+        if ragged { Some(Tensor::f_from_slice(&keep)?.f_view(shape)?.f_to_device(device)?) } else { None };
 
     let mut state = lm.start(Source::Rows(rows), pass)?;
     state.reserve(i64::try_from(longest + room).unwrap_or(i64::MAX))?;
