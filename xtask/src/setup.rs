@@ -42,6 +42,14 @@ pub struct Ready {
     pub libtorch: PathBuf,
 }
 
+impl Ready {
+    /// Takes it that the set-up is complete, without looking.
+    pub fn assumed(repository: &Repository) -> Result<Self> {
+        let exported = libtorch::Exported::from_environment(repository)?;
+        Ok(Self { libtorch: exported.for_programs(repository) })
+    }
+}
+
 /// `cargo xtask setup`.
 pub fn command(arguments: Arguments) -> Result<()> {
     let options = Options::parse(arguments)?;

@@ -59,7 +59,7 @@ pub fn command(arguments: Arguments) -> Result<()> {
 
 fn run(chosen: &[&Step], selection: &Selection, table: &mut Table) -> Result<()> {
     let repository = Repository::find()?;
-    let mut libtorch = repository.libtorch();
+    let mut libtorch = setup::Ready::assumed(&repository)?.libtorch;
     let needs_setup = chosen.iter().any(|step| step.needs_setup);
     if needs_setup && !selection.skip.iter().any(|name| name == SETUP) {
         table.step(SETUP, "LibTorch and the model", || {

@@ -1,5 +1,6 @@
 //! What cargo says of the workspace.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use serde_json::Value;
@@ -24,7 +25,10 @@ pub struct Workspace {
 struct Package {
     name: String,
     published: bool,
-    features: Vec<String>,
+    /// Features, and what each turns on: `feature`, `dep:crate` or `crate/feature`.
+    features: BTreeMap<String, Vec<String>>,
+    /// Crates that it depends on, with the features it asks for.
+    dependencies: Vec<(String, Vec<String>)>,
     /// The features that docs.rs is to build with.
     docs_rs: Vec<String>,
 }
@@ -47,12 +51,25 @@ impl Workspace {
                 .filter_map(|item| item.as_str().map(str::to_owned))
                 .collect()
         };
+        let dependency = |dependency: &Value| {
+            let mut features = strings(&dependency["features"]);
+            if dependency["uses_default_features"] == true {
+                features.push("default".into());
+            }
+            Some((dependency["name"].as_str()?.to_owned(), features))
+        };
         let package = |package: &Value| {
+            let features = package["features"].as_object()?.iter();
             Some(Package {
                 name: package["name"].as_str()?.to_owned(),
                 // An empty list of registries is what `publish = false` becomes.
                 published: package["publish"].as_array().is_none_or(|registries| !registries.is_empty()),
-                features: package["features"].as_object()?.keys().cloned().collect(),
+                features: features.map(|(name, on)| (name.clone(), strings(on))).collect(),
+                dependencies: package["dependencies"]
+                    .as_array()?
+                    .iter()
+                    .map(dependency)
+                    .collect::<Option<_>>()?,
                 docs_rs: strings(&package["metadata"]["docs"]["rs"]["features"]),
             })
         };
@@ -74,23 +91,60 @@ impl Workspace {
 
     /// Every feature that can be built with the LibTorch that is there, as `--features` takes them.
     pub fn features(&self) -> String {
+        joined(&self.all_features())
+    }
+
+    /// Those of [`features`](Self::features) that a plain `cargo test` does not turn on, and their crates.
+    pub fn features_left_out(&self) -> (String, Vec<&str>) {
+        let on = self.features_turned_on();
+        let left: Vec<_> = self.all_features().into_iter().filter(|feature| !on.contains(feature)).collect();
+        let mut crates: Vec<_> = left.iter().map(|&(name, _)| name).collect();
+        crates.dedup();
+        (joined(&left), crates)
+    }
+
+    fn all_features(&self) -> Vec<(&str, &str)> {
         let all = self.packages.iter().flat_map(|package| {
-            let wanted = package
-                .features
-                .iter()
-                .filter(|name| *name != "default" && !WITHOUT_LIBTORCH.contains(&name.as_str()));
-            wanted.map(|name| format!("{}/{name}", package.name))
+            package.features.keys().map(|feature| (package.name.as_str(), feature.as_str()))
         });
-        all.collect::<Vec<_>>().join(",")
+        all.filter(|(_, feature)| *feature != "default" && !WITHOUT_LIBTORCH.contains(feature)).collect()
+    }
+
+    /// The features that building the whole workspace turns on: the default ones, what its crates ask of each other,
+    /// and what these turn on in turn.
+    fn features_turned_on(&self) -> BTreeSet<(&str, &str)> {
+        let mut open: Vec<(&str, &str)> =
+            self.packages.iter().map(|package| (package.name.as_str(), "default")).collect();
+        for (name, features) in self.packages.iter().flat_map(|package| &package.dependencies) {
+            open.extend(features.iter().map(|feature| (name.as_str(), feature.as_str())));
+        }
+        let mut on = BTreeSet::new();
+        while let Some((name, feature)) = open.pop() {
+            let Some(package) = self.packages.iter().find(|package| package.name == name) else { continue };
+            if on.insert((name, feature)) {
+                let more = package.features.get(feature).into_iter().flatten();
+                open.extend(more.map(|other| match other.split_once('/') {
+                    Some((other, feature)) => (other.trim_end_matches('?'), feature),
+                    None => (name, other.as_str()),
+                }));
+            }
+        }
+        on
     }
 
     /// The features that docs.rs builds the published crates with.
     pub fn docs_rs_features(&self) -> String {
         let published = self.packages.iter().filter(|package| package.published);
-        let all = published
-            .flat_map(|package| package.docs_rs.iter().map(|name| format!("{}/{name}", package.name)));
-        all.collect::<Vec<_>>().join(",")
+        let all = published.flat_map(|package| {
+            package.docs_rs.iter().map(|feature| (package.name.as_str(), feature.as_str()))
+        });
+        joined(&all.collect::<Vec<_>>())
     }
+}
+
+/// `crate/feature,crate/feature`.
+fn joined(features: &[(&str, &str)]) -> String {
+    features.iter().map(|(name, feature)| format!("{name}/{feature}")).collect::<Vec<_>>().join(",")
 }
 
 #[cfg(test)]
@@ -101,16 +155,31 @@ mod tests {
     fn features_are_all_but_those_without_libtorch() {
         let text = r#"{"target_directory": "/t", "packages": [
             {"name": "a", "publish": null, "metadata": {"docs": {"rs": {"features": ["doc-only", "x"]}}},
-             "features": {"default": ["x"], "x": [], "y": [], "doc-only": [], "download-libtorch": []}},
-            {"name": "b", "publish": [], "metadata": null, "features": {"z": []}}]}"#;
+             "features": {"default": ["x"], "x": [], "y": [], "doc-only": [], "download-libtorch": []},
+             "dependencies": []},
+            {"name": "b", "publish": [], "metadata": null, "features": {"z": []}, "dependencies": []}]}"#;
         let workspace = Workspace::parse(text).unwrap();
         assert_eq!(workspace.target, PathBuf::from("/t"));
         assert_eq!(workspace.features(), "a/x,a/y,b/z");
         assert_eq!(workspace.docs_rs_features(), "a/doc-only,a/x");
         assert_eq!(workspace.published().collect::<Vec<_>>(), ["a"]);
         assert_eq!(workspace.unpublished().collect::<Vec<_>>(), ["b"]);
+        assert_eq!(workspace.features_left_out(), ("a/y,b/z".into(), vec!["a", "b"]));
         assert_eq!(Workspace::parse("{}"), None);
         assert_eq!(Workspace::parse("no JSON"), None);
+    }
+
+    #[test]
+    fn features_are_followed_through_features_and_dependencies() {
+        let text = r#"{"target_directory": "/t", "packages": [
+            {"name": "a", "publish": null, "metadata": null, "dependencies": [
+                {"name": "other", "features": ["x"], "uses_default_features": true}],
+             "features": {"asked": ["within"], "within": ["dep:other"], "across": [], "weak": [], "left": []}},
+            {"name": "b", "publish": null, "metadata": null,
+             "features": {"default": ["b1"], "b1": ["a/across", "a?/weak"], "b2": ["a/left"]},
+             "dependencies": [{"name": "a", "features": ["asked"], "uses_default_features": true}]}]}"#;
+        let workspace = Workspace::parse(text).unwrap();
+        assert_eq!(workspace.features_left_out(), ("a/left,b/b2".into(), vec!["a", "b"]));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The steps.
 //!
-//! Every step builds in the dev profile and with the same features, since compiling LibTorch's bindings takes minutes.
+//! Every step builds in the dev profile, since compiling LibTorch's bindings takes minutes; and those that make
+//! programs do so with the features of a plain `cargo test`, which therefore finds everything compiled afterwards.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -35,6 +36,12 @@ pub const STEPS: &[Step] = &[
     Step { name: "tests", about: "unit and integration tests", needs_setup: true, run: tests },
     Step { name: "doctests", about: "the examples in the documentation", needs_setup: true, run: doctests },
     Step { name: "benches", about: "the benchmarks compile", needs_setup: true, run: benches },
+    Step {
+        name: "features",
+        about: "tests of features that are off by default",
+        needs_setup: true,
+        run: features,
+    },
     Step { name: "downstream", about: "a crate outside the workspace", needs_setup: true, run: downstream },
     Step { name: "demo", about: "text from the model under controls", needs_setup: true, run: demo },
     Step { name: "docs-rs", about: "the documentation without LibTorch", needs_setup: false, run: docs_rs },
@@ -51,7 +58,7 @@ impl Suite {
     }
 
     /// Cargo over the whole workspace, with every feature that goes with LibTorch.
-    fn workspace(&self, subcommand: &str, arguments: &[&str]) -> Command {
+    fn all_features(&self, subcommand: &str, arguments: &[&str]) -> Command {
         let mut command = self.cargo(&[subcommand, "--workspace", "--features", &self.workspace.features()]);
         command.args(arguments);
         command
@@ -112,25 +119,37 @@ fn package(suite: &Suite) -> Result<Outcome> {
 }
 
 fn clippy(suite: &Suite) -> Result<Outcome> {
-    run(&mut suite.workspace("clippy", &["--all-targets", "--", "-D", "warnings"]))
+    run(&mut suite.all_features("clippy", &["--all-targets", "--", "-D", "warnings"]))
 }
 
 fn docs(suite: &Suite) -> Result<Outcome> {
     // The variable replaces `build.rustdocflags` of .cargo/config.toml, which is for doctests: nothing is linked here.
-    run(suite.workspace("doc", &["--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
+    run(suite.all_features("doc", &["--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
 }
 
 fn tests(suite: &Suite) -> Result<Outcome> {
-    run(&mut suite.workspace("test", &["--lib", "--bins", "--tests", "--examples"]))
+    run(&mut suite.cargo(&["test", "--workspace", "--lib", "--bins", "--tests", "--examples"]))
 }
 
 fn doctests(suite: &Suite) -> Result<Outcome> {
     // With the variable set, doctests would lose the path to LibTorch that .cargo/config.toml gives them.
-    run(suite.workspace("test", &["--doc"]).env_remove("RUSTDOCFLAGS"))
+    run(suite.cargo(&["test", "--workspace", "--doc"]).env_remove("RUSTDOCFLAGS"))
 }
 
 fn benches(suite: &Suite) -> Result<Outcome> {
-    run(&mut suite.workspace("test", &["--benches", "--no-run"]))
+    run(&mut suite.cargo(&["test", "--workspace", "--benches", "--no-run"]))
+}
+
+fn features(suite: &Suite) -> Result<Outcome> {
+    let (features, crates) = suite.workspace.features_left_out();
+    if crates.is_empty() {
+        return Ok(Outcome::NotRun("the tests turn on every feature".into()));
+    }
+    let mut command = suite.cargo(&["test", "--features", &features]);
+    for name in crates {
+        command.args(["--package", name]);
+    }
+    run(command.env_remove("RUSTDOCFLAGS"))
 }
 
 /// The crate is built as a stranger's would be, but with the workspace's versions and folder, so that LibTorch's
@@ -147,7 +166,7 @@ fn downstream(suite: &Suite) -> Result<Outcome> {
 }
 
 fn demo(suite: &Suite) -> Result<Outcome> {
-    let mut command = suite.workspace("build", &["--bin", "demo"]);
+    let mut command = suite.cargo(&["build", "-p", "benches", "--bin", "demo"]);
     println!("$ {}", process::shown(&command));
     let binary = process::build_binary(&mut command, "demo")?;
     demo::check(&suite.repository, &binary)?;
