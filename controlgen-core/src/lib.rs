@@ -10,6 +10,7 @@
 mod adapter;
 mod attention;
 mod autoencoder;
+pub mod checkpoint;
 mod classifier;
 mod control;
 mod denoiser;
@@ -17,6 +18,8 @@ mod device;
 mod encoder;
 pub mod energy;
 mod error;
+#[cfg(feature = "gguf")]
+pub mod gguf;
 mod grad;
 pub mod guidance;
 mod image_sampler;
@@ -24,7 +27,10 @@ mod lanes;
 mod language_model;
 pub mod layers;
 mod masked_lm;
+pub mod ndarray;
+pub mod noise;
 mod pass;
+pub mod progress;
 mod sites;
 mod sys;
 #[cfg(feature = "testing")]
@@ -40,7 +46,7 @@ pub use denoiser::{Condition, Denoiser, DenoiserSpec, NoiseLevel, Parameterisati
 pub use device::{Placement, device, kind};
 pub use encoder::{Encoder, EncoderInput, EncoderSpec, Features, Reads};
 pub use energy::{Energy, EnergyFn};
-pub use error::{Error, Result};
+pub use error::{Error, RemoteError, Result};
 pub use grad::EnableGrad;
 pub use guidance::Guidance;
 pub use image_sampler::{ImageRequest, ImageSampler};

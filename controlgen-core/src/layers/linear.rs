@@ -55,6 +55,17 @@ impl Linear {
         &self.weight
     }
 
+    /// The layer with another weight of the same shape.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a weight of another shape.
+    pub fn with_weight(&self, weight: Tensor) -> Result<Self> {
+        if weight.size() != self.weight.size() {
+            return Err(Error::shape("linear weight", format!("{:?}", self.weight.size()), &weight.size()));
+        }
+        Ok(Self { weight, ..self.handle() })
+    }
+
     /// Whether any control acts at a part.
     pub fn controlled(&self, pass: &Pass<'_>) -> bool {
         pass.controls.is_some() && self.parts.iter().any(|part| pass.acts_at(part.site))
