@@ -1,5 +1,7 @@
 //! Controls that act at sites, inside a forward pass.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use tch::Tensor;
 
 use crate::pass::Pass;
@@ -121,6 +123,7 @@ impl Binding<'_> {
 
 /// A stack of controls, bound to one model's sites.
 pub struct Controls {
+    id: u64,
     sites: u64,
     controls: Vec<Box<dyn Control>>,
     hooks: Vec<SiteHooks>,
@@ -134,23 +137,31 @@ impl Controls {
     /// # Errors
     /// The first control's that cannot be bound.
     pub fn bind(sites: &SiteMap, controls: Vec<Box<dyn Control>>) -> Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
         let mut hooks = vec![SiteHooks::default(); sites.len()];
         for (control, it) in controls.iter().enumerate() {
             it.bind(sites, &mut Binding { control, hooks: &mut hooks })?;
         }
         let position_offset = controls.iter().map(|control| control.position_offset()).sum();
-        Ok(Self { sites: sites.id(), controls, hooks, position_offset })
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { id, sites: sites.id(), controls, hooks, position_offset })
     }
 
     /// Another handle over the same storage.
     #[must_use]
     pub fn handle(&self) -> Self {
         Self {
+            id: self.id,
             sites: self.sites,
             controls: self.controls.iter().map(|control| control.handle()).collect(),
             hooks: self.hooks.clone(),
             position_offset: self.position_offset,
         }
+    }
+
+    /// What tells this stack, and its handles, from any other of the process.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     /// How many controls there are.

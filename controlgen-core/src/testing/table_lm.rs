@@ -191,7 +191,7 @@ impl TableLm {
     /// # Errors
     /// [`Error::Value`] for an empty prompt or a token id that is none.
     pub fn log_prob(&self, prompt: &[i64], continuation: &[i64]) -> Result<f64> {
-        let oracle = self.oracle()?;
+        let mut oracle = self.oracle()?;
         let (mut context, mut sum) = (prompt.to_vec(), 0.0);
         for &token in continuation {
             oracle.check(token)?;
@@ -234,7 +234,7 @@ impl TableLm {
         edit: &mut dyn FnMut(&[i64], &mut [f64]),
     ) -> Result<Vec<(Vec<i64>, f64)>> {
         const LIMIT: usize = 4_000_000;
-        let oracle = self.oracle()?;
+        let mut oracle = self.oracle()?;
         let mut done = Vec::new();
         let mut open = vec![(Vec::new(), 0.0)];
         while let Some((said, log_p)) = open.pop() {
@@ -268,7 +268,7 @@ impl TableLm {
             order: self.order,
             embed: flat(self.embed.weight())?,
             head: flat(self.head.weight())?,
-            seen: HashMap::new().into(),
+            seen: HashMap::new(),
         })
     }
 
@@ -423,7 +423,7 @@ struct Oracle {
     order: usize,
     embed: Vec<f64>,
     head: Vec<f64>,
-    seen: std::cell::RefCell<HashMap<(Option<i64>, i64), Vec<f64>>>,
+    seen: HashMap<(Option<i64>, i64), Vec<f64>>,
 }
 
 impl Oracle {
@@ -434,17 +434,17 @@ impl Oracle {
         Ok(())
     }
 
-    fn log_probs(&self, context: &[i64]) -> Result<Vec<f64>> {
+    fn log_probs(&mut self, context: &[i64]) -> Result<Vec<f64>> {
         context.iter().try_for_each(|&token| self.check(token))?;
         let Some((&x, before)) = context.split_last() else {
             return Err(Error::value("context", "at least one token", "none"));
         };
         let u = if self.order == 2 { before.last().copied() } else { None };
-        if let Some(row) = self.seen.borrow().get(&(u, x)) {
+        if let Some(row) = self.seen.get(&(u, x)) {
             return Ok(row.clone());
         }
         let row = self.compute(u, x);
-        self.seen.borrow_mut().insert((u, x), row.clone());
+        self.seen.insert((u, x), row.clone());
         Ok(row)
     }
 
