@@ -320,6 +320,8 @@ def main():
     print(f"{processor()}, {os.cpu_count()} logical processors, {threads} threads a peer, load before the run "
           f"{os.getloadavg()[0]:.2f}; prompt of {len(ids)} tokens; medians of {a.alternations} alternations "
           "(least–greatest).\n")
+    if os.getloadavg()[0] > 0.5:
+        print("The machine was busy when this began: these figures are not fit to be quoted.\n")
     if not a.controlgen:
         print("Peers only: no --controlgen was given.\n")
     kept = {}
