@@ -41,7 +41,12 @@ impl Exported {
         let Some(value) = value.filter(|value| !value.is_empty()) else { return Ok(Self::Not) };
         let path = files::absolute(Path::new(&value))?;
         let own = repository.root().join(".controlgen");
-        if path.starts_with(own) || path.starts_with(repository.data()) {
+        // By whatever way it leads here: a link to our own link would be a loop.
+        let ours = |path: &Path| path.starts_with(&own) || path.starts_with(repository.data());
+        let resolved = fs::canonicalize(&path);
+        let inside =
+            |path: &PathBuf| fs::canonicalize(&own).is_ok_and(|own| path.starts_with(own)) || ours(path);
+        if ours(&path) || resolved.as_ref().is_ok_and(inside) {
             return Ok(Self::Not);
         }
         Ok(match check(&path) {
@@ -104,7 +109,7 @@ impl Source {
 /// earlier run linked to; else the packages, with CUDA if asked for now or before, or if there is a driver.
 pub fn source(repository: &Repository, exported: &Exported, asked: Option<Compute>, stamp: &Stamp) -> Source {
     if let Exported::Good(path) = exported {
-        return Source::Folder(path.clone());
+        return Source::Folder(fs::canonicalize(path).unwrap_or_else(|_| path.clone()));
     }
     if let Some(compute) = asked {
         return Source::Packages(compute, format!("--{}", compute.name()));
@@ -266,6 +271,13 @@ mod tests {
         assert_eq!(of(Path::new("")), Exported::Not);
         assert_eq!(of(&repository.root().join(".controlgen/libtorch")), Exported::Not);
         assert_eq!(of(&repository.libtorch()), Exported::Not);
+        // The same place by another way: linking our link to it would be a loop.
+        fs::create_dir_all(repository.data()).unwrap();
+        let packages = folder(repository.data(), "python", "build-version", "2.11.0+cpu");
+        std::os::unix::fs::symlink(&packages, repository.libtorch()).unwrap();
+        let other = home.path().join("other-way");
+        std::os::unix::fs::symlink(repository.data(), &other).unwrap();
+        assert_eq!(of(&other.join("libtorch")), Exported::Not);
         let good = folder(home.path(), "good", "build-version", "2.11.0+cpu");
         assert_eq!(of(&good), Exported::Good(good.clone()));
         assert_eq!(of(&good).for_programs(&repository), good);
