@@ -145,6 +145,24 @@ pub enum Error {
         /// Why it cannot be had.
         reason: String,
     },
+    /// A chat template that does not compile, fails while it renders, or refuses the messages.
+    #[error("chat template `{template}`{}: {problem}", line.map(|line| format!(", line {line}")).unwrap_or_default())]
+    Template {
+        /// The template's name.
+        template: String,
+        /// The line of the template, counted from 1, where it is known.
+        line: Option<usize>,
+        /// What was expected and found, or the template's own message.
+        problem: String,
+    },
+    /// A hub that did not give what was asked of it.
+    #[error("{what}: {reason}")]
+    Remote {
+        /// What was asked for: a repository, a revision, a file, with the hub's address.
+        what: String,
+        /// Why it was not had.
+        reason: RemoteError,
+    },
     /// Something that this implementation does not do.
     #[error("{what} is not supported; supported: {supported}")]
     Unsupported {
@@ -153,6 +171,45 @@ pub enum Error {
         /// What can be had instead.
         supported: String,
     },
+}
+
+/// Why a hub did not give what was asked of it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RemoteError {
+    /// There is no such repository, revision or file (HTTP 404).
+    #[error("not found (HTTP 404): {0}")]
+    NotFound(String),
+    /// The hub wants a token, or the token given may not read this (HTTP 401 or 403).
+    #[error("access denied (HTTP {status}): {message}")]
+    Denied {
+        /// The HTTP status.
+        status: u16,
+        /// The hub's words.
+        message: String,
+    },
+    /// Any other HTTP status that is not a success.
+    #[error("HTTP status {status}: {message}")]
+    Status {
+        /// The HTTP status.
+        status: u16,
+        /// The hub's words.
+        message: String,
+    },
+    /// No connection, a connection that broke off, or too slow an answer.
+    #[error("network: {0}")]
+    Network(String),
+    /// A file whose length is not the one announced.
+    #[error("{found} bytes received where {expected} were announced")]
+    Truncated {
+        /// The length announced, in bytes.
+        expected: u64,
+        /// The length received, in bytes.
+        found: u64,
+    },
+    /// An answer that does not follow the hub's protocol.
+    #[error("an answer that does not follow the protocol: {0}")]
+    Protocol(String),
 }
 
 impl Error {

@@ -25,6 +25,11 @@ pub(super) fn key_at(bytes: &[u8], at: usize) -> Result<(&str, Cursor<'_>), Faul
 }
 
 impl<'a> Metadata<'a> {
+    /// The file that the metadata is of.
+    pub fn path(&self) -> &'a Path {
+        self.path
+    }
+
     /// The keys, sorted.
     pub fn keys(&self) -> impl Iterator<Item = &'a str> + use<'a> {
         let bytes = self.bytes;
