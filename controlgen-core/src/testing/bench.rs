@@ -110,7 +110,7 @@ pub fn bench_control<C: TokenControl>(
         &mut group,
         BenchmarkId::new("score", batch),
         || Ok((fresh()?, logits.f_detach_copy()?)),
-        |(state, own)| Ok(drop(control.score(state, own.shallow_clone())?)),
+        |(state, own)| control.score(state, own.shallow_clone()).map(drop),
     )?;
     measure_after(&mut group, BenchmarkId::new("advance", batch), fresh, |state| {
         control.advance(state, &chosen)
