@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use controlgen_core::{Error, RemoteError, Result};
-use hf_hub::repository::{HFRepositorySync, RepoInfo, RepoTreeEntry, RepoTypeModel};
+use hf_hub::repository::RepoTreeEntry;
+use hf_hub::{HFRepositorySync, RepoTypeModel};
 
 use super::explain::explain;
 
@@ -69,9 +70,6 @@ impl Session {
         }
         let info =
             self.model.info().revision(revision.to_owned()).send().map_err(|e| explain(&self.what, e))?;
-        let RepoInfo::Model(info) = info else {
-            return Err(self.protocol("a repository that is not a model's"));
-        };
         match info.sha {
             Some(commit) if is_commit(&commit) => Ok(commit),
             found => {
