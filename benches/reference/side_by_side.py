@@ -1,6 +1,7 @@
 """Speed, start-up time and memory of controlgen beside transformers and candle, in one run.
 
     python side_by_side.py MODEL_DIR [--controlgen target/release/conformance] [--candle .../candle-generate]
+        [--candle-portable .../candle-generate]
         [--dtypes f32,bf16] [--alternations 5] [--new-tokens 128] [--threads 2] [--json FILE]
         [--controlgen-arguments "..."]
 
@@ -20,6 +21,8 @@ prints Markdown. How it is kept fair, and where it leans:
 * Start: wall time of a whole fresh process that loads, tokenises a text, makes one token and decodes it; after one
   warming run, so files come from the page cache. candle gets token ids: it loads no tokenizer.
 * Memory: the greatest resident set of the process (ru_maxrss, the kernel's VmHWM) in the start and decode tasks.
+* candle is built with target-cpu=native, as its own repository does; a build with cargo's defaults, which is what a
+  crate that depends on it gets, may stand beside it (--candle-portable).
 * Different ids of two peers are reported; in bf16 roundings differ and so may texts.
 """
 
@@ -109,9 +112,10 @@ class Transformers:
 
 class Candle:
     name = "candle"
+    option = "candle"
 
     def __init__(self, a, dtype, environment):
-        self.command = [a.candle, a.model, "--dtype", dtype]
+        self.command = [getattr(a, self.option), a.model, "--dtype", dtype]
         self.environment = environment
 
     def run(self, ids, new_tokens, rows):
@@ -125,6 +129,11 @@ class Candle:
 
     def close(self):
         pass
+
+
+class PortableCandle(Candle):
+    name = "candle, portable"
+    option = "candle_portable"
 
 
 class Controlgen:
@@ -180,8 +189,8 @@ LABELS = {
 
 def measure(a, dtype, ids, environment):
     """figures[task][peer] = one number an alternation; texts[task][peer] = ids of the last answer."""
-    kinds = [Transformers] + ([Candle] if a.candle else []) + ([Controlgen] if a.controlgen else [])
-    peers = [kind(a, dtype, environment) for kind in kinds]
+    optional = [(a.candle, Candle), (a.candle_portable, PortableCandle), (a.controlgen, Controlgen)]
+    peers = [kind(a, dtype, environment) for kind in [Transformers] + [k for path, k in optional if path]]
     figures = {task: {p.name: [] for p in peers} for task in LABELS}
     made = {}
     plan = {k: v for k, v in tasks(a, ids).items() if k != "decode only"}
@@ -290,6 +299,7 @@ def main():
     parser.add_argument("--controlgen", help="the release binary `conformance`")
     parser.add_argument("--controlgen-arguments", default="")
     parser.add_argument("--candle", help="the binary `candle-generate` of benches/peers")
+    parser.add_argument("--candle-portable", help="the same, built without target-cpu=native")
     parser.add_argument("--dtypes", default="f32,bf16")
     parser.add_argument("--alternations", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -300,8 +310,9 @@ def main():
         fail(f"{a.model}: no config.json; expected a Hugging Face directory")
     if a.controlgen and not Path(a.controlgen).is_file():
         fail(f"{a.controlgen}: no such file; build it with `cargo build --release -p benches --bin conformance`")
-    if a.candle and not Path(a.candle).is_file():
-        fail(f"{a.candle}: no such file; build it with `cd benches/peers && cargo build --release`")
+    for path in filter(None, (a.candle, a.candle_portable)):
+        if not Path(path).is_file():
+            fail(f"{path}: no such file; build it with `cd benches/peers && cargo build --release`")
     threads = str(a.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads, "MKL_NUM_THREADS": threads,
                                 "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -309,6 +320,8 @@ def main():
     print(f"{processor()}, {os.cpu_count()} logical processors, {threads} threads a peer, load before the run "
           f"{os.getloadavg()[0]:.2f}; prompt of {len(ids)} tokens; medians of {a.alternations} alternations "
           "(least–greatest).\n")
+    if os.getloadavg()[0] > 0.5:
+        print("The machine was busy when this began: these figures are not fit to be quoted.\n")
     if not a.controlgen:
         print("Peers only: no --controlgen was given.\n")
     kept = {}

@@ -1,6 +1,40 @@
+//! # controlgen-text
+//!
 //! Controllable generation of text: language models, tokenizers, decoding and controls over the next token.
+//!
+//! ```no_run
+//! use controlgen_core::{Placement, Result};
+//! use controlgen_text::TextModel;
+//! use controlgen_text::controls::{NoRepeatNgram, Temperature, TopP};
+//!
+//! fn main() -> Result<()> {
+//!     let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+//!     let generation = model
+//!         .generate("Once upon a time")
+//!         .with(NoRepeatNgram::new(3)?)
+//!         .with(Temperature::new(0.8)?)
+//!         .with(TopP::new(0.95)?)
+//!         .sample(42)
+//!         .max_new_tokens(64)
+//!         .on_text(|piece| print!("{}", piece.text))
+//!         .run()?;
+//!     println!("\n{:.1} tokens a second", generation.tokens_per_second());
+//!     Ok(())
+//! }
+//! ```
 
 pub mod chat;
+pub mod controls;
+mod generate;
+#[cfg(feature = "gguf")]
+pub mod gguf;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod models;
+pub mod sample;
+mod score;
+pub mod search;
 pub mod tokenizer;
+
+pub use generate::{Completion, Generate, Generation, GenerationConfig, OneOrMany, Piece, TextModel};
+pub use score::{Scored, score_completions, score_text};

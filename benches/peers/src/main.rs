@@ -73,7 +73,9 @@ impl Arguments {
 /// The configuration in the form that candle reads. transformers 5 keeps the rotary base inside `rope_parameters`,
 /// where candle does not look: it would take 10000 in silence.
 fn config(folder: &Path) -> Result<Config> {
-    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(folder.join("config.json"))?)?;
+    let path = folder.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let mut config: Value = serde_json::from_str(&text)?;
     if config["model_type"] != "llama" {
         return Err(format!("model_type {}: this peer runs llama", config["model_type"]).into());
     }

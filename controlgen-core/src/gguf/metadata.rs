@@ -59,10 +59,11 @@ impl<'a> Metadata<'a> {
     /// [`Error::Config`] if the value is of another type or out of range.
     pub fn optional<T: FromValue<'a>>(&self, key: &str) -> Result<Option<T>> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        T::from_value(value).map(Some).ok_or_else(|| self.refuse(key, T::EXPECTED, &describe(value)))
+        T::from_value(value).map(Some).ok_or_else(|| self.refuse(key, T::EXPECTED, &value.to_string()))
     }
 
-    /// A number in 0 ..= 2³² − 1, stored as any type of integer. Errors as in [`required`](Self::required).
+    /// A number in 0 ..= 2³² − 1, stored as any type of integer. Errors as in
+    /// [`required`](Self::required).
     pub fn u32(&self, key: &str) -> Result<u32> {
         self.required(key)
     }
@@ -72,7 +73,8 @@ impl<'a> Metadata<'a> {
         self.required(key)
     }
 
-    /// A number in −2⁶³ ..= 2⁶³ − 1, stored as any type of integer. Errors as in [`required`](Self::required).
+    /// A number in −2⁶³ ..= 2⁶³ − 1, stored as any type of integer. Errors as in
+    /// [`required`](Self::required).
     pub fn i64(&self, key: &str) -> Result<i64> {
         self.required(key)
     }
@@ -107,7 +109,8 @@ impl<'a> Metadata<'a> {
         self.required(key)
     }
 
-    /// A list of floating-point numbers; those of 64 bits are rounded. Errors as in [`required`](Self::required).
+    /// A list of floating-point numbers; those of 64 bits are rounded. Errors as in
+    /// [`required`](Self::required).
     pub fn f32s(&self, key: &str) -> Result<Vec<f32>> {
         self.required(key)
     }
@@ -122,40 +125,10 @@ impl<'a> Metadata<'a> {
     }
 }
 
-/// What a value is, for an error; long ones are cut.
-fn describe(value: Value<'_>) -> String {
-    match value {
-        Value::String(bytes) => match std::str::from_utf8(bytes) {
-            Ok(text) => format!("the string {:?}", text.chars().take(40).collect::<String>()),
-            Err(_) => "a string that is not UTF-8".to_owned(),
-        },
-        Value::Array(array) => format!("an array of {} {:?}", array.len(), array.kind()),
-        Value::Bool(value) => value.to_string(),
-        Value::F32(value) => format!("{value:?}"),
-        Value::F64(value) => format!("{value:?}"),
-        other => integer(other).map_or_else(String::new, |value| value.to_string()),
-    }
-}
-
-/// An integer of any type.
-fn integer(value: Value<'_>) -> Option<i128> {
-    Some(match value {
-        Value::U8(value) => value.into(),
-        Value::I8(value) => value.into(),
-        Value::U16(value) => value.into(),
-        Value::I16(value) => value.into(),
-        Value::U32(value) => value.into(),
-        Value::I32(value) => value.into(),
-        Value::U64(value) => value.into(),
-        Value::I64(value) => value.into(),
-        Value::F32(_) | Value::F64(_) | Value::Bool(_) | Value::String(_) | Value::Array(_) => return None,
-    })
-}
-
 /// Types that metadata can be read as.
 ///
-/// Integers are taken from every integer type whose value they can hold, as writers do not agree on the widths;
-/// floating-point numbers from both widths; nothing else is converted.
+/// Integers are taken from every integer type whose value they can hold, as writers do not agree on the
+/// widths; floating-point numbers from both widths; nothing else is converted.
 pub trait FromValue<'a>: Sized {
     /// What is expected, for the error.
     const EXPECTED: &'static str;
@@ -168,7 +141,7 @@ macro_rules! from_integer {
         impl<'a> FromValue<'a> for $type {
             const EXPECTED: &'static str = $expected;
             fn from_value(value: Value<'a>) -> Option<Self> {
-                integer(value)?.try_into().ok()
+                value.integer()?.try_into().ok()
             }
         }
     )*};

@@ -1,5 +1,7 @@
 //! Metadata values, read from the map when they are asked for.
 
+use std::fmt::{self, Debug, Display, Formatter};
+
 use super::cursor::{Cursor, Fault};
 
 /// How deep arrays may lie inside arrays.
@@ -71,7 +73,7 @@ impl ValueKind {
 }
 
 /// A metadata value. It borrows from the file: strings and arrays are not copied.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub enum Value<'a> {
     /// 8-bit unsigned.
     U8(u8),
@@ -121,6 +123,21 @@ impl<'a> Value<'a> {
         }
     }
 
+    /// The value of any type of integer.
+    pub(super) fn integer(self) -> Option<i128> {
+        Some(match self {
+            Self::U8(value) => value.into(),
+            Self::I8(value) => value.into(),
+            Self::U16(value) => value.into(),
+            Self::I16(value) => value.into(),
+            Self::U32(value) => value.into(),
+            Self::I32(value) => value.into(),
+            Self::U64(value) => value.into(),
+            Self::I64(value) => value.into(),
+            Self::F32(_) | Self::F64(_) | Self::Bool(_) | Self::String(_) | Self::Array(_) => return None,
+        })
+    }
+
     /// Reads a value, and with it checks all that lies within it.
     pub(super) fn read(cursor: &mut Cursor<'a>, kind: ValueKind, depth: usize) -> Result<Self, Fault> {
         let what = "value";
@@ -149,8 +166,34 @@ impl<'a> Value<'a> {
     }
 }
 
+/// In short: long strings are cut, arrays described by type and length.
+impl Display for Value<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::String(bytes) => match std::str::from_utf8(bytes) {
+                Ok(text) => match text.char_indices().nth(40) {
+                    Some((end, _)) => write!(f, "the string {:?}…", &text[..end]),
+                    None => write!(f, "the string {text:?}"),
+                },
+                Err(_) => write!(f, "a string of {} bytes that is not UTF-8", bytes.len()),
+            },
+            Self::Array(array) => write!(f, "an array of {} {:?}", array.len(), array.kind()),
+            Self::Bool(value) => Display::fmt(value, f),
+            Self::F32(value) => Debug::fmt(value, f),
+            Self::F64(value) => Debug::fmt(value, f),
+            other => Display::fmt(&other.integer().unwrap_or_default(), f),
+        }
+    }
+}
+
+impl Debug for Value<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {self}", self.kind())
+    }
+}
+
 /// An array of metadata values, still in the file.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Array<'a> {
     kind: ValueKind,
     length: usize,
@@ -193,10 +236,16 @@ impl<'a> Array<'a> {
         self.length == 0
     }
 
-    /// The values in order. They were checked when the file was opened; should the file have changed since, the
-    /// iteration ends early.
+    /// The values in order. They were checked when the file was opened; should the file have changed since,
+    /// the iteration ends early.
     pub fn iter(&self) -> impl Iterator<Item = Value<'a>> + use<'a> {
         let (mut cursor, kind, depth) = (self.start, self.kind, self.depth);
         (0..self.length).map_while(move |_| Value::read(&mut cursor, kind, depth + 1).ok())
+    }
+}
+
+impl Debug for Array<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.iter()).finish()
     }
 }

@@ -8,6 +8,7 @@ mod files;
 mod gguf;
 mod pieces;
 mod save;
+mod spellings;
 mod stop;
 mod stream;
 

@@ -1,0 +1,55 @@
+//! Completing a prompt: one JSON line.
+
+use controlgen_core::{Error, Result};
+use controlgen_text::{GenerationConfig, TextModel};
+use serde_json::json;
+
+use super::arguments::Arguments;
+
+pub fn run(arguments: &[String]) -> Result<()> {
+    let known = ["prompt", "input-ids", "config", "seed", "dtype", "device"];
+    let arguments = Arguments::parse(arguments, &known)?;
+    let [path] = arguments.paths(["MODEL_DIR"])?;
+    let config = match arguments.get("config") {
+        Some(path) => GenerationConfig::open(path)?,
+        None => GenerationConfig::default(),
+    };
+    let texts: Vec<&str> = arguments.all("prompt").collect();
+    let ids = arguments.all("input-ids").map(parse_ids).collect::<Result<Vec<_>>>()?;
+    let seed = arguments.number("seed", 0)?;
+    let model = TextModel::open(&path, arguments.placement()?)?;
+    let generate = match (texts.is_empty(), ids.is_empty()) {
+        (false, true) => model.generate_batch(texts),
+        (true, false) => model.generate_ids(ids),
+        (texts, _) => {
+            let found = if texts { "neither" } else { "both" };
+            return Err(Error::value("prompt", "--prompt or --input-ids", found));
+        }
+    };
+    // A seed means nothing to greedy search, and does not make it draw.
+    let generate = if config.do_sample { generate.sample(seed) } else { generate };
+    let done = generate.config(&config).run()?;
+
+    let sequences: Vec<_> = done
+        .completions
+        .iter()
+        .map(|c| json!({ "ids": c.ids, "text": c.text, "logprobs": c.logprobs, "score": c.score }))
+        .collect();
+    println!(
+        "{}",
+        json!({
+            "sequences": sequences,
+            "prompt_tokens": done.prompt_tokens,
+            "prefill_seconds": done.prefill.as_secs_f64(),
+            "decode_seconds": done.decode.as_secs_f64(),
+            "tokens_per_second": done.tokens_per_second(),
+        })
+    );
+    Ok(())
+}
+
+fn parse_ids(text: &str) -> Result<Vec<i64>> {
+    text.split(',')
+        .map(|id| id.trim().parse().map_err(|_| Error::value("--input-ids", "numbers and commas", text)))
+        .collect()
+}

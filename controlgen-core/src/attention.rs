@@ -1,0 +1,210 @@
+//! Attention as a value: queries, keys, values and what may be seen.
+
+use tch::{Kind, Tensor};
+
+use crate::{Error, Result};
+
+/// Which keys a query may see.
+pub enum Mask {
+    /// All.
+    Full,
+    /// Bottom-right aligned: query i of Tq sees keys 0 ..= i + (Tk − Tq). Keys put before all others (a prefix)
+    /// then need no work on the mask.
+    Causal,
+    /// True where a key may be seen: boolean, broadcastable to `[B, heads, Tq, Tk]`.
+    Keep(Tensor),
+    /// Added to the scores: float, broadcastable to `[B, heads, Tq, Tk]`.
+    Bias(Tensor),
+}
+
+impl Mask {
+    /// The same mask over the same storage.
+    #[must_use]
+    pub fn handle(&self) -> Self {
+        match self {
+            Self::Full => Self::Full,
+            Self::Causal => Self::Causal,
+            Self::Keep(t) => Self::Keep(t.shallow_clone()),
+            Self::Bias(t) => Self::Bias(t.shallow_clone()),
+        }
+    }
+
+    /// The mask for `n` more keys before all others, which every query may see.
+    ///
+    /// # Errors
+    /// Those of LibTorch.
+    pub fn with_prefix(&self, n: i64) -> Result<Self> {
+        let front = |t: &Tensor, fill: f64| -> Result<Tensor> {
+            let mut shape = t.size();
+            if let Some(last) = shape.last_mut() {
+                *last = n;
+            }
+            Ok(Tensor::f_cat(&[&Tensor::f_full(&shape, fill, (t.f_kind()?, t.device()))?, t], -1)?)
+        };
+        Ok(match self {
+            Self::Full => Self::Full,
+            Self::Causal => Self::Causal,
+            Self::Keep(t) => Self::Keep(front(t, 1.0)?),
+            Self::Bias(t) => Self::Bias(front(t, 0.0)?),
+        })
+    }
+}
+
+/// An attention about to be computed: softmax(q kᵀ · scale + mask) v.
+pub struct Attn {
+    /// Queries, `[B, heads, Tq, head_dim]`.
+    pub q: Tensor,
+    /// Keys, `[B, kv_heads, Tk, head_dim]`; `kv_heads` divides `heads` (Ainslie et al. 2023, grouped queries).
+    pub k: Tensor,
+    /// Values, `[B, kv_heads, Tk, head_dim]`.
+    pub v: Tensor,
+    /// Which keys may be seen.
+    pub mask: Mask,
+    /// The factor on the scores; 1/√head_dim where `None`.
+    pub scale: Option<f64>,
+}
+
+impl Attn {
+    /// The same attention over the same storage.
+    #[must_use]
+    pub fn handle(&self) -> Self {
+        Self {
+            q: self.q.shallow_clone(),
+            k: self.k.shallow_clone(),
+            v: self.v.shallow_clone(),
+            mask: self.mask.handle(),
+            scale: self.scale,
+        }
+    }
+
+    /// Computes it, with LibTorch's fused kernel: `[B, heads, Tq, head_dim]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where the heads do not divide; those of LibTorch.
+    pub fn sdpa(self) -> Result<Tensor> {
+        let (b, heads, tq, d) = self.q.size4()?;
+        let (_, kv_heads, tk, _) = self.k.size4()?;
+        if kv_heads == 0 || heads % kv_heads != 0 {
+            let expected = format!("a divisor of {heads} as the number of heads");
+            return Err(Error::shape("attention keys", expected, &self.k.size()));
+        }
+        let kept = match &self.mask {
+            Mask::Keep(t) | Mask::Bias(t) => Some(t.shallow_clone()),
+            Mask::Causal if tq > 1 && tq != tk => {
+                Some(Tensor::f_ones([tq, tk], (Kind::Bool, self.q.device()))?.f_tril(tk - tq)?)
+            }
+            Mask::Full | Mask::Causal => None,
+        };
+        let causal = matches!(self.mask, Mask::Causal) && tq > 1 && tq == tk;
+        let shared_rows = match &kept {
+            None => true,
+            Some(t) => t.size().iter().rev().skip(1).take(2).all(|&n| n == 1),
+        };
+        if heads != kv_heads && tq == 1 && shared_rows {
+            // One query: its groups are as good as positions, and no key need be repeated.
+            let grouped = self.q.f_reshape([b, kv_heads, -1, d])?;
+            let out = Tensor::f_scaled_dot_product_attention(
+                &grouped,
+                &self.k,
+                &self.v,
+                kept.as_ref(),
+                0.0,
+                false,
+                self.scale,
+                false,
+            )?;
+            return Ok(out.f_reshape([b, heads, 1, d])?);
+        }
+        Ok(Tensor::f_scaled_dot_product_attention(
+            &self.q,
+            &self.k,
+            &self.v,
+            kept.as_ref(),
+            0.0,
+            causal,
+            self.scale,
+            heads != kv_heads,
+        )?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::{Device, kind::FLOAT_CPU};
+
+    /// softmax(q kᵀ · scale, masked) v, written out.
+    fn explicit(a: &Attn) -> Tensor {
+        let (_, h, tq, d) = a.q.size4().unwrap();
+        let (_, hk, tk, _) = a.k.size4().unwrap();
+        let k = a.k.repeat_interleave_self_int(h / hk, 1, None);
+        let v = a.v.repeat_interleave_self_int(h / hk, 1, None);
+        let scores = a.q.matmul(&k.transpose(2, 3)) * a.scale.unwrap_or(1.0 / (d as f64).sqrt());
+        let scores = match &a.mask {
+            Mask::Full => scores,
+            Mask::Causal => {
+                let keep = Tensor::ones([tq, tk], (Kind::Bool, Device::Cpu)).tril(tk - tq);
+                scores.masked_fill(&keep.logical_not(), f64::NEG_INFINITY)
+            }
+            Mask::Keep(keep) => scores.masked_fill(&keep.logical_not(), f64::NEG_INFINITY),
+            Mask::Bias(bias) => scores + bias,
+        };
+        scores.softmax(-1, None).matmul(&v)
+    }
+
+    fn noise(shape: &[i64], salt: f64) -> Tensor {
+        let n: i64 = shape.iter().product();
+        ((Tensor::arange(n, FLOAT_CPU) * 12.9898 + salt).sin() * 43758.5453).frac().view(shape) * 2.0 - 1.0
+    }
+
+    #[test]
+    fn sdpa_is_the_written_out_attention() {
+        for (h, hk) in [(4, 4), (6, 2), (9, 3)] {
+            for (tq, tk) in [(1, 1), (1, 7), (3, 3), (3, 8)] {
+                let keep = noise(&[2, 1, tq, tk], 9.0)
+                    .ge(-0.3)
+                    .logical_or(&Tensor::ones([tq, tk], (Kind::Bool, Device::Cpu)).tril(0));
+                let masks = [
+                    Mask::Full,
+                    Mask::Causal,
+                    Mask::Keep(keep),
+                    Mask::Bias(noise(&[2, 1, tq, tk], 5.0)),
+                    Mask::Bias(noise(&[1, h, tq, tk], 6.0)),
+                ];
+                for (i, mask) in masks.into_iter().enumerate() {
+                    let a = Attn {
+                        q: noise(&[2, h, tq, 8], 1.0),
+                        k: noise(&[2, hk, tk, 8], 2.0),
+                        v: noise(&[2, hk, tk, 8], 3.0),
+                        mask,
+                        scale: (i == 0).then_some(0.7),
+                    };
+                    let expected = explicit(&a);
+                    let diff = (a.sdpa().unwrap() - expected).abs().max().double_value(&[]);
+                    assert!(diff < 1e-5, "heads {h}/{hk}, {tq}×{tk}, mask {i}: {diff}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_prefix_is_seen_by_all() {
+        let a = Attn {
+            q: noise(&[1, 2, 3, 4], 1.0),
+            k: noise(&[1, 2, 5, 4], 2.0),
+            v: noise(&[1, 2, 5, 4], 3.0),
+            mask: Mask::Keep(Tensor::ones([3, 3], (Kind::Bool, Device::Cpu)).tril(0)).with_prefix(2).unwrap(),
+            scale: None,
+        };
+        let causal = Attn { mask: Mask::Causal, ..a.handle() };
+        let diff = (a.sdpa().unwrap() - causal.sdpa().unwrap()).abs().max().double_value(&[]);
+        assert!(diff < 1e-6, "{diff}");
+    }
+
+    #[test]
+    fn heads_that_do_not_divide_are_refused() {
+        let t = |h| noise(&[1, h, 2, 4], 0.0);
+        let a = Attn { q: t(4), k: t(3), v: t(3), mask: Mask::Full, scale: None };
+        assert!(matches!(a.sdpa(), Err(Error::Shape { .. })));
+    }
+}

@@ -1,0 +1,309 @@
+//! Controls that act at sites, inside a forward pass.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tch::Tensor;
+
+use crate::pass::Pass;
+use crate::{Attn, Error, Result, SiteId, SiteMap};
+
+/// Where a hook is called: the site, the slot that the control gave it when it was bound, and the pass.
+#[derive(Clone, Copy)]
+pub struct At<'a> {
+    /// The site.
+    pub site: SiteId,
+    /// The number that the control itself chose in [`Control::bind`], usually an index into its tensors.
+    pub slot: usize,
+    /// The pass: its lanes, taps and step.
+    pub pass: &'a Pass<'a>,
+}
+
+/// A function at sites of a model: an adapter, an attention edit, a tap.
+///
+/// Every method defaults to the identity. A control is an owned handle over shared storage: [`Control::handle`]
+/// makes another one, for another stack or thread, in microseconds.
+pub trait Control: Send {
+    /// Another handle over the same storage.
+    fn handle(&self) -> Box<dyn Control>;
+
+    /// Says at which sites it acts; called once for each model. Names are resolved here and nowhere else.
+    ///
+    /// # Errors
+    /// [`Error::NoSite`] for a selector that matches nothing; [`Error::Shape`] where a site's dimensions are not
+    /// those of the control's tensors.
+    fn bind(&self, sites: &SiteMap, to: &mut Binding<'_>) -> Result<()>;
+
+    /// How many positions it puts before the first token (a prefix): positions then count from there.
+    fn position_offset(&self) -> i64 {
+        0
+    }
+
+    /// Before a linear site's product: x `[.., inputs]`.
+    ///
+    /// # Errors
+    /// The control's own.
+    fn input(&self, at: At<'_>, x: Tensor) -> Result<Tensor> {
+        let _ = at;
+        Ok(x)
+    }
+
+    /// After a linear site's or a convolution's product y = W x + b.
+    ///
+    /// # Errors
+    /// The control's own.
+    fn linear(&self, at: At<'_>, x: &Tensor, y: Tensor) -> Result<Tensor> {
+        let _ = (at, x);
+        Ok(y)
+    }
+
+    /// Around an attention: run `next` zero times, once or twice. The control bound last is outermost.
+    ///
+    /// # Errors
+    /// The control's own.
+    fn attention(&self, at: At<'_>, attn: Attn, next: Next<'_>) -> Result<Tensor> {
+        let _ = at;
+        next.run(attn)
+    }
+
+    /// A branch h of the residual stream, before it is added to `residual`.
+    ///
+    /// # Errors
+    /// The control's own.
+    fn hidden(&self, at: At<'_>, h: Tensor, residual: &Tensor) -> Result<Tensor> {
+        let _ = (at, residual);
+        Ok(h)
+    }
+
+    /// The embeddings e `[B, T, width]` of `ids` `[B, T]`; no ids where embeddings were given to the model.
+    ///
+    /// # Errors
+    /// The control's own.
+    fn embed(&self, at: At<'_>, ids: Option<&Tensor>, e: Tensor) -> Result<Tensor> {
+        let _ = (at, ids);
+        Ok(e)
+    }
+}
+
+/// One call to make at a site.
+#[derive(Clone, Copy)]
+struct Hook {
+    control: usize,
+    slot: usize,
+}
+
+#[derive(Clone, Default)]
+struct SiteHooks {
+    input: Vec<Hook>,
+    main: Vec<Hook>,
+}
+
+/// Where a control says at which sites it acts.
+pub struct Binding<'b> {
+    control: usize,
+    hooks: &'b mut [SiteHooks],
+}
+
+impl Binding<'_> {
+    /// Calls the control at this site: the method that belongs to the site's kind.
+    pub fn at(&mut self, site: SiteId, slot: usize) {
+        let hook = Hook { control: self.control, slot };
+        if let Some(hooks) = self.hooks.get_mut(site.index()) {
+            hooks.main.push(hook);
+        }
+    }
+
+    /// Calls [`Control::input`] at this linear site.
+    pub fn at_input(&mut self, site: SiteId, slot: usize) {
+        let hook = Hook { control: self.control, slot };
+        if let Some(hooks) = self.hooks.get_mut(site.index()) {
+            hooks.input.push(hook);
+        }
+    }
+}
+
+/// A stack of controls, bound to one model's sites.
+pub struct Controls {
+    id: u64,
+    sites: u64,
+    controls: Vec<Box<dyn Control>>,
+    hooks: Vec<SiteHooks>,
+    position_offset: i64,
+}
+
+impl Controls {
+    /// Binds controls to a model's sites, in order: at one site the first acts first; around an attention the
+    /// last is outermost.
+    ///
+    /// # Errors
+    /// The first control's that cannot be bound.
+    pub fn bind(sites: &SiteMap, controls: Vec<Box<dyn Control>>) -> Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let mut hooks = vec![SiteHooks::default(); sites.len()];
+        for (control, it) in controls.iter().enumerate() {
+            it.bind(sites, &mut Binding { control, hooks: &mut hooks })?;
+        }
+        let position_offset = controls.iter().map(|control| control.position_offset()).sum();
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { id, sites: sites.id(), controls, hooks, position_offset })
+    }
+
+    /// Another handle over the same storage.
+    #[must_use]
+    pub fn handle(&self) -> Self {
+        Self {
+            id: self.id,
+            sites: self.sites,
+            controls: self.controls.iter().map(|control| control.handle()).collect(),
+            hooks: self.hooks.clone(),
+            position_offset: self.position_offset,
+        }
+    }
+
+    /// What tells this stack, and its handles, from any other of the process.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// How many controls there are.
+    pub fn len(&self) -> usize {
+        self.controls.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.controls.is_empty()
+    }
+}
+
+/// What is left of an attention's chain. It may be run any number of times.
+#[derive(Clone, Copy)]
+pub struct Next<'a> {
+    site: SiteId,
+    pass: &'a Pass<'a>,
+    controls: &'a Controls,
+    rest: &'a [Hook],
+}
+
+impl Next<'_> {
+    /// Runs the remaining controls, then the attention itself.
+    ///
+    /// # Errors
+    /// Theirs.
+    pub fn run(&self, attn: Attn) -> Result<Tensor> {
+        let Some((hook, rest)) = self.rest.split_last() else { return attn.sdpa() };
+        let at = At { site: self.site, slot: hook.slot, pass: self.pass };
+        self.controls.controls[hook.control].attention(at, attn, Next { rest, ..*self })
+    }
+}
+
+/// What models call. With no controls each costs a branch.
+impl<'a> Pass<'a> {
+    /// Refuses controls that were bound to another model; a model calls it once a pass.
+    ///
+    /// # Errors
+    /// [`Error::ForeignSites`].
+    pub fn check(&self, sites: &SiteMap) -> Result<()> {
+        match self.controls {
+            Some(controls) if controls.sites != sites.id() => Err(Error::ForeignSites),
+            _ => Ok(()),
+        }
+    }
+
+    /// How many positions controls put before the first token.
+    pub fn position_offset(&self) -> i64 {
+        self.controls.map_or(0, |controls| controls.position_offset)
+    }
+
+    #[inline]
+    fn hooks(&self, site: SiteId) -> Option<(&'a Controls, &'a SiteHooks)> {
+        let controls = self.controls?;
+        controls.hooks.get(site.index()).map(|hooks| (controls, hooks))
+    }
+
+    /// Whether any control acts at this site.
+    #[inline]
+    pub fn acts_at(&self, site: SiteId) -> bool {
+        self.hooks(site).is_some_and(|(_, hooks)| !hooks.main.is_empty() || !hooks.input.is_empty())
+    }
+
+    /// Whether any control acts before this linear site.
+    #[inline]
+    pub fn acts_before(&self, site: SiteId) -> bool {
+        self.hooks(site).is_some_and(|(_, hooks)| !hooks.input.is_empty())
+    }
+
+    /// Runs [`Control::input`].
+    ///
+    /// # Errors
+    /// The controls'.
+    #[inline]
+    pub fn input(&self, site: SiteId, mut x: Tensor) -> Result<Tensor> {
+        if let Some((controls, hooks)) = self.hooks(site) {
+            for hook in &hooks.input {
+                x = controls.controls[hook.control].input(At { site, slot: hook.slot, pass: self }, x)?;
+            }
+        }
+        Ok(x)
+    }
+
+    /// Runs [`Control::linear`].
+    ///
+    /// # Errors
+    /// The controls'.
+    #[inline]
+    pub fn linear(&self, site: SiteId, x: &Tensor, mut y: Tensor) -> Result<Tensor> {
+        if let Some((controls, hooks)) = self.hooks(site) {
+            for hook in &hooks.main {
+                y = controls.controls[hook.control].linear(At { site, slot: hook.slot, pass: self }, x, y)?;
+            }
+        }
+        Ok(y)
+    }
+
+    /// Runs [`Control::hidden`].
+    ///
+    /// # Errors
+    /// The controls'.
+    #[inline]
+    pub fn hidden(&self, site: SiteId, mut h: Tensor, residual: &Tensor) -> Result<Tensor> {
+        if let Some((controls, hooks)) = self.hooks(site) {
+            for hook in &hooks.main {
+                let at = At { site, slot: hook.slot, pass: self };
+                h = controls.controls[hook.control].hidden(at, h, residual)?;
+            }
+        }
+        Ok(h)
+    }
+
+    /// Runs [`Control::embed`].
+    ///
+    /// # Errors
+    /// The controls'.
+    #[inline]
+    pub fn embed(&self, site: SiteId, ids: Option<&Tensor>, mut e: Tensor) -> Result<Tensor> {
+        if let Some((controls, hooks)) = self.hooks(site) {
+            for hook in &hooks.main {
+                e = controls.controls[hook.control].embed(
+                    At { site, slot: hook.slot, pass: self },
+                    ids,
+                    e,
+                )?;
+            }
+        }
+        Ok(e)
+    }
+
+    /// Computes an attention, through the controls around it.
+    ///
+    /// # Errors
+    /// The controls' and LibTorch's.
+    #[inline]
+    pub fn attention(&self, site: SiteId, attn: Attn) -> Result<Tensor> {
+        match self.hooks(site) {
+            Some((controls, hooks)) if !hooks.main.is_empty() => {
+                Next { site, pass: self, controls, rest: &hooks.main }.run(attn)
+            }
+            _ => attn.sdpa(),
+        }
+    }
+}

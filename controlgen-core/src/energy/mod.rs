@@ -1,0 +1,18 @@
+//! Energies: what a good sample is, lower being better.
+//!
+//! An energy turns a model p(x) into p*(x) ∝ p(x)·exp(−E(x)). The same energy ranks finished samples
+//! ([`rerank`]), and where it is differentiable its gradient steers a sampler ([`gradient`]).
+
+mod algebra;
+pub(crate) mod checks;
+mod gradient;
+mod objective;
+mod point;
+mod rerank;
+
+pub use algebra::{Energy, EnergyFn, SharedTensor};
+pub(crate) use gradient::backward;
+pub use gradient::{gradient, gradient_of};
+pub use objective::{Bound, Objective, Value};
+pub use point::{Image, Noised, Point, Text};
+pub use rerank::rerank;

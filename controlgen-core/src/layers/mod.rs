@@ -1,0 +1,14 @@
+//! Layers that know their sites: what models are built of.
+
+mod activation;
+mod embedding;
+mod linear;
+mod norm;
+mod rotary;
+mod weight;
+
+pub use activation::Activation;
+pub use embedding::Embedding;
+pub use linear::Linear;
+pub use norm::{LayerNorm, RmsNorm};
+pub use rotary::{Rotary, RotaryScaling, Rotations};

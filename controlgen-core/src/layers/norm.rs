@@ -1,0 +1,68 @@
+//! Normalisation.
+
+use tch::Tensor;
+
+use crate::Result;
+
+/// Root-mean-square norm (Zhang & Sennrich 2019): x / √(mean(x²) + ε) · g, over the last dimension.
+///
+/// The mean is taken in f32 whatever the element type.
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// With gain `[D]` and ε.
+    pub fn new(weight: Tensor, eps: f64) -> Self {
+        Self { weight, eps }
+    }
+
+    /// Another handle over the same gain.
+    #[must_use]
+    pub fn handle(&self) -> Self {
+        Self { weight: self.weight.shallow_clone(), eps: self.eps }
+    }
+
+    /// `[.., D] → [.., D]`
+    ///
+    /// # Errors
+    /// Those of LibTorch.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (y, _) = x.f_internal_fused_rms_norm(self.weight.size(), Some(&self.weight), self.eps)?;
+        Ok(y)
+    }
+}
+
+/// Layer norm (Ba et al. 2016): (x − mean) / √(var + ε) · g + b, over the last dimension.
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// With gain `[D]`, bias `[D]` and ε.
+    pub fn new(weight: Tensor, bias: Option<Tensor>, eps: f64) -> Self {
+        Self { weight, bias, eps }
+    }
+
+    /// Another handle over the same parameters.
+    #[must_use]
+    pub fn handle(&self) -> Self {
+        Self {
+            weight: self.weight.shallow_clone(),
+            bias: self.bias.as_ref().map(Tensor::shallow_clone),
+            eps: self.eps,
+        }
+    }
+
+    /// `[.., D] → [.., D]`
+    ///
+    /// # Errors
+    /// Those of LibTorch.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let shape = self.weight.size();
+        Ok(x.f_layer_norm(shape, Some(&self.weight), self.bias.as_ref(), self.eps, false)?)
+    }
+}

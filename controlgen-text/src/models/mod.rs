@@ -1,0 +1,88 @@
+//! Language models, each read from top to bottom in one file.
+
+mod config;
+mod gpt2;
+mod kv_cache;
+mod llama;
+
+use std::path::Path;
+
+use controlgen_core::checkpoint::{Safetensors, TensorSource, Weights, prefixes};
+use controlgen_core::{Error, LanguageModel, Placement, Result, Source};
+
+pub use config::Config;
+pub use gpt2::{Gpt2, Gpt2Config};
+pub use llama::{Llama, LlamaConfig};
+
+/// Opens the language model of a Hugging Face directory: config.json, and model.safetensors or its shards.
+///
+/// # Errors
+/// [`Error::Unsupported`] for an architecture that is not known, naming those that are; [`Error::Config`],
+/// [`Error::Keys`], [`Error::Shape`], [`Error::Format`], [`Error::Io`] for what is wrong with the files.
+pub fn open(directory: &Path, placement: Placement) -> Result<Box<dyn LanguageModel>> {
+    let config = Config::open(&directory.join("config.json"))?;
+    let weights = Safetensors::open(directory)?;
+    load(&config, &weights, placement)
+}
+
+/// Loads the language model that `config` describes from `source`.
+///
+/// # Errors
+/// As [`open`].
+pub fn load(
+    config: &Config,
+    source: &dyn TensorSource,
+    placement: Placement,
+) -> Result<Box<dyn LanguageModel>> {
+    let known = || gpt2::MODEL_TYPES.iter().chain(&llama::MODEL_TYPES).copied();
+    let model_type = config.str("model_type")?.ok_or_else(|| {
+        config.error("model_type", format!("one of {}", known().collect::<Vec<_>>().join(", ")), "nothing")
+    })?;
+    let weights = Weights::new(source, placement.options());
+    let model: Box<dyn LanguageModel> = match model_type {
+        name if gpt2::MODEL_TYPES.contains(&name) => {
+            // Older files name the body alone.
+            let weights = weights.rename(prefixes(&[("transformer.", "")]));
+            let model = Gpt2::load(config, &weights, placement)?;
+            // Causal masks that old files carry, and a tied output that is stored all the same.
+            weights.finish(&leftovers(config, true, &["*.attn.bias", "*.attn.masked_bias"])?)?;
+            Box::new(model)
+        }
+        name if llama::MODEL_TYPES.contains(&name) => {
+            let model = Llama::load(config, &weights, placement)?;
+            weights.finish(&leftovers(config, false, &["*.rotary_emb.inv_freq"])?)?;
+            Box::new(model)
+        }
+        name => {
+            let supported = known().collect::<Vec<_>>().join(", ");
+            return Err(Error::unsupported(format!("model_type `{name}`"), supported));
+        }
+    };
+    Ok(model)
+}
+
+/// Names that a sound checkpoint may hold though the model does not read them.
+fn leftovers<'a>(config: &Config, tied_by_default: bool, always: &[&'a str]) -> Result<Vec<&'a str>> {
+    let mut names = always.to_vec();
+    if config.bool("tie_word_embeddings", tied_by_default)? {
+        names.push("lm_head.weight");
+    }
+    Ok(names)
+}
+
+/// The rows of a source that has no encoder's input.
+fn decoder_only(source: Source<'_>) -> Result<i64> {
+    match source {
+        Source::Rows(rows) if rows > 0 => Ok(rows),
+        Source::Rows(rows) => Err(Error::value("rows of a state", "at least 1", rows)),
+        Source::Encoder(_) => {
+            Err(Error::unsupported("an encoder's input to a decoder-only model", "Source::Rows"))
+        }
+    }
+}
+
+/// The first of `bos_token_id`, all of `eos_token_id`, the first of `pad_token_id`.
+fn special_tokens(config: &Config, vocab: i64) -> Result<(Option<i64>, Vec<i64>, Option<i64>)> {
+    let first = |field| Ok::<_, Error>(config.token_ids(field, vocab)?.first().copied());
+    Ok((first("bos_token_id")?, config.token_ids("eos_token_id", vocab)?, first("pad_token_id")?))
+}

@@ -1,0 +1,194 @@
+//! Searches: how tokens are chosen, one a file, all over the same prefill, controls and bookkeeping.
+
+mod sampling;
+
+use controlgen_core::progress::Flow;
+use controlgen_core::{
+    Error, LanguageModel, LmInput, Pass, Result, Rows, Source, State, TokenControl, TokenControls,
+};
+use tch::{Kind, Tensor};
+
+pub use sampling::{Choice, sampling};
+
+/// What every search is given.
+pub struct Task<'a> {
+    /// The model.
+    pub lm: &'a dyn LanguageModel,
+    /// Token ids of each prompt; at least one token each.
+    pub prompts: &'a [Vec<i64>],
+    /// Controls over the next token.
+    pub controls: &'a TokenControls,
+    /// Controls inside the model.
+    pub pass: Pass<'a>,
+    /// How many tokens may be generated.
+    pub max_new_tokens: usize,
+    /// Tokens that end a completion.
+    pub eos: &'a [i64],
+    /// Completions of each prompt.
+    pub n: usize,
+}
+
+impl Task<'_> {
+    /// Refuses what cannot be run.
+    fn validate(&self) -> Result<()> {
+        let spec = self.lm.spec();
+        if self.prompts.is_empty() {
+            return Err(Error::value("prompts", "at least one", 0));
+        }
+        if self.n == 0 {
+            return Err(Error::value("n, completions of each prompt", "at least 1", 0));
+        }
+        for (i, prompt) in self.prompts.iter().enumerate() {
+            if prompt.is_empty() {
+                return Err(Error::value(format!("prompt {i}"), "at least one token", "none"));
+            }
+            if let Some(&id) = prompt.iter().find(|&&id| id < 0 || id >= spec.vocab) {
+                let what = format!("token id in prompt {i}");
+                return Err(Error::value(what, format!("0 .. {}", spec.vocab), id));
+            }
+            let len = i64::try_from(prompt.len()).unwrap_or(i64::MAX);
+            let needed = len.saturating_add(self.pass.position_offset());
+            if needed > spec.context {
+                return Err(Error::Context { limit: spec.context, needed });
+            }
+        }
+        if let Some(&id) = self.eos.iter().find(|&&id| id < 0 || id >= spec.vocab) {
+            return Err(Error::value("EOS token id", format!("0 .. {}", spec.vocab), id));
+        }
+        Ok(())
+    }
+}
+
+/// Why a completion ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// A token that ends sequences; it is not among the completion's ids.
+    Eos(i64),
+    /// `max_new_tokens`.
+    Length,
+    /// The model's last position.
+    Context,
+    /// The listener: a stop string.
+    Stopped,
+    /// The run was cancelled; the completion is what there was.
+    Cancelled,
+}
+
+/// A completion in token ids.
+#[derive(Clone, Debug)]
+pub struct Hypothesis {
+    /// Index of its prompt.
+    pub prompt: usize,
+    /// Its number among the completions of that prompt.
+    pub sample: usize,
+    /// The new tokens, without the one that ended them.
+    pub ids: Vec<i64>,
+    /// log p(token | tokens before it) under the model alone, of each of `ids`.
+    pub logprobs: Vec<f64>,
+    /// The sum of log-probabilities under the model and its controls, the ending token's included.
+    pub score: f64,
+    /// Why it ended.
+    pub finish: Finish,
+}
+
+/// A token was chosen.
+#[derive(Clone, Copy, Debug)]
+pub struct Chosen<'h> {
+    /// The completion so far, this token included.
+    pub so_far: &'h Hypothesis,
+    /// The token.
+    pub token: i64,
+}
+
+/// What a listener decides after a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// Go on.
+    Continue,
+    /// This completion is finished.
+    Finish,
+}
+
+/// Told of every token as it is chosen, and of every step.
+pub trait Listener {
+    /// A token was chosen, not one that ends the sequence.
+    ///
+    /// # Errors
+    /// The listener's own; they end the run.
+    fn token(&mut self, chosen: Chosen<'_>) -> Result<After> {
+        let _ = chosen;
+        Ok(After::Continue)
+    }
+
+    /// A step is done: every unfinished completion has one token more. `tokens` were chosen in it.
+    fn step(&mut self, tokens: u64) -> Flow {
+        let _ = tokens;
+        Flow::Continue
+    }
+}
+
+impl Listener for () {}
+
+/// Runs the prompts through the model: the state and the next token's logits `[prompts, V]`.
+///
+/// Shorter prompts are padded on the left, where no token sees them.
+///
+/// # Errors
+/// The model's.
+pub fn prefill(
+    lm: &dyn LanguageModel,
+    prompts: &[Vec<i64>],
+    pass: &Pass<'_>,
+    room: usize,
+) -> Result<(State, Tensor)> {
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let rows = i64::try_from(prompts.len()).unwrap_or(i64::MAX);
+    let fill = lm.spec().pad.or(lm.spec().eos.first().copied()).unwrap_or(0);
+    let mut ids = Vec::with_capacity(prompts.len() * longest);
+    let mut keep = Vec::with_capacity(prompts.len() * longest);
+    for prompt in prompts {
+        let padding = longest - prompt.len();
+        ids.extend(std::iter::repeat_n(fill, padding));
+        ids.extend_from_slice(prompt);
+        keep.extend(std::iter::repeat_n(false, padding));
+        keep.extend(std::iter::repeat_n(true, prompt.len()));
+    }
+    let device = lm.spec().placement.device;
+    let shape = [rows, i64::try_from(longest).unwrap_or(i64::MAX)];
+    let ids = Tensor::f_from_slice(&ids)?.f_view(shape)?.f_to_device(device)?;
+    let ragged = keep.contains(&false);
+    let keep =
+        if ragged { Some(Tensor::f_from_slice(&keep)?.f_view(shape)?.f_to_device(device)?) } else { None };
+
+    let mut state = lm.start(Source::Rows(rows), pass)?;
+    state.reserve(i64::try_from(longest + room).unwrap_or(i64::MAX))?;
+    let output = lm.forward(LmInput::ids(&ids).keep(keep.as_ref()).last(), &mut state, pass)?;
+    Ok((state, next_logits(&output.logits)?))
+}
+
+/// One token more for each row: the next token's logits `[B, V]`.
+fn extend(lm: &dyn LanguageModel, tokens: &[i64], state: &mut State, pass: &Pass<'_>) -> Result<Tensor> {
+    let device = lm.spec().placement.device;
+    let ids = Tensor::f_from_slice(tokens)?.f_unsqueeze(1)?.f_to_device(device)?;
+    next_logits(&lm.forward(LmInput::ids(&ids).last(), state, pass)?.logits)
+}
+
+/// `[B, T, V]` to the last position's `[B, V]`, f32 and contiguous.
+fn next_logits(logits: &Tensor) -> Result<Tensor> {
+    Ok(logits.f_select(1, -1)?.f_to_kind(Kind::Float)?.f_contiguous()?)
+}
+
+/// Everything with one entry per unfinished row, reordered together.
+struct Live {
+    state: State,
+    controls: <TokenControls as TokenControl>::State,
+    logits: Tensor,
+}
+
+impl Live {
+    fn reorder(&mut self, rows: &[i64]) -> Result<()> {
+        self.state.reorder(rows)?;
+        self.controls.reorder(rows)?;
+        self.logits.reorder(rows)
+    }
+}
