@@ -1,5 +1,6 @@
 //! Fetching from a hub, against a server on the loopback device.
 #![cfg(feature = "hub")]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -123,7 +124,7 @@ fn answer(mut stream: TcpStream, state: &State, own: &str) -> std::io::Result<()
     }
     stream.write_all((text + "\r\n").as_bytes())?;
     if method != "HEAD" {
-        stream.write_all(&body[..if cut { body.len() / 2 } else { body.len() }])?;
+        stream.write_all(&body[..if cut { body.len() >> 1 } else { body.len() }])?;
     }
     stream.flush()
 }
@@ -143,21 +144,16 @@ fn respond(method: &str, path: &str, state: &State, own: &str) -> Answer {
     }
     if let Some(folder) = path.strip_prefix(&format!("/api/models/owner/model/tree/{COMMIT}")) {
         let folder = folder.trim_start_matches('/');
-        let mut list = Vec::new();
-        for (name, body) in files.iter() {
-            match (name.rsplit_once('/'), folder) {
-                (None, "") => {
-                    list.push(json!({"type": "file", "oid": "0", "size": size(name, body), "path": name}))
-                }
-                (Some((parent, _)), "") => {
-                    list.push(json!({"type": "directory", "oid": "0", "size": 0, "path": parent}))
-                }
-                (Some((parent, _)), folder) if parent == folder => {
-                    list.push(json!({"type": "file", "oid": "0", "size": size(name, body), "path": name}));
-                }
-                _ => {}
+        let file = |name: &str, body: &[u8]| json!({"type": "file", "oid": "0", "size": size(name, body), "path": name});
+        let entry = |(name, body): (&String, &Vec<u8>)| match (name.rsplit_once('/'), folder) {
+            (None, "") => Some(file(name, body)),
+            (Some((parent, _)), "") => {
+                Some(json!({"type": "directory", "oid": "0", "size": 0, "path": parent}))
             }
-        }
+            (Some((parent, _)), folder) if parent == folder => Some(file(name, body)),
+            _ => None,
+        };
+        let mut list: Vec<_> = files.iter().filter_map(entry).collect();
         // A hub that means harm.
         list.push(json!({"type": "file", "oid": "0", "size": 4, "path": "../config.json"}));
         return plain(200, json!(list).to_string());
