@@ -87,8 +87,6 @@ pub fn ensure(repository: &Repository, options: &Options) -> Result<Ready> {
     if let Some(warning) = exported.warning() {
         eprintln!("warning: {warning}");
     }
-    let ready = Ready { libtorch: exported.for_programs(repository) };
-
     let stamp = Stamp::read(repository.data())?;
     let source = libtorch::source(repository, &exported, options.compute, &stamp);
     if is_complete(repository, options, &source, &stamp) {
@@ -98,7 +96,7 @@ pub fn ensure(repository: &Repository, options: &Options) -> Result<Ready> {
             crate::repository::MODEL,
             process::time(begin.elapsed())
         );
-        return Ok(ready);
+        return Ok(Ready { libtorch: exported.for_programs(repository) });
     }
 
     println!("set-up of {}", repository.data().display());
@@ -110,10 +108,12 @@ pub fn ensure(repository: &Repository, options: &Options) -> Result<Ready> {
     let temporary = Temporary::fresh(repository)?;
 
     if let Some(compute) = options.compute {
-        stamp.note(CHOICE, compute.name(), &[]);
+        stamp.note(CHOICE, compute.name(), &[])?;
         stamp.write(&temporary.0)?;
     }
     libtorch::ensure(repository, &source, &mut stamp, &temporary.0)?;
+    // Only now, since what is exported may lead to what was just put into place.
+    let ready = Ready { libtorch: exported.for_programs(repository) };
     model::ensure(repository, &mut stamp, &temporary.0)?;
     if !options.fetch_only {
         huggingface::ensure(repository, &mut stamp, &temporary.0, &ready.libtorch)?;

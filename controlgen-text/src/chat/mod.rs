@@ -267,6 +267,11 @@ fn compile(text: &str) -> Result<Environment<'static>, minijinja::Error> {
     environment.set_unknown_method_callback(python::method);
     environment.set_fuel(Some(FUEL));
     environment.add_filter("tojson", python::tojson);
+    environment.add_filter("int", python::int);
+    environment.add_filter("float", python::float);
+    environment.add_test("iterable", python::is_iterable);
+    environment.add_test("sequence", python::is_sequence);
+    environment.add_test("callable", python::is_callable);
     environment.add_function("raise_exception", |message: &str| -> Result<Jinja, minijinja::Error> {
         Err(python::refuse(message.to_owned()))
     });

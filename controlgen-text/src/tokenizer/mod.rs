@@ -130,6 +130,9 @@ impl Tokenizer {
 
     /// The token ids of `text`.
     ///
+    /// A byte-level vocabulary that lacks some bytes (SmolLM2's lacks 21 control and invalid ones) drops characters
+    /// that need them, as in transformers.
+    ///
     /// # Errors
     /// [`Error::Value`] for text that the vocabulary cannot spell (only vocabularies without bytes and without an
     /// unknown token have such).

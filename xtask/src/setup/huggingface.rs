@@ -44,7 +44,7 @@ pub fn ensure(repository: &Repository, stamp: &mut Stamp, temporary: &Path, libt
         }
     }
     files::replace(&new, &place, temporary)?;
-    stamp.note(ENTRY, &value(), &stamp.files_under(&place, |_| true));
+    stamp.note(ENTRY, &value(), &stamp.files_under(&place, |_| true))?;
     stamp.write(temporary)?;
     println!("  wrote {} ({})", place.display(), process::megabytes(files::size_of(&place)));
     Ok(())

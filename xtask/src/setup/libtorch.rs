@@ -25,6 +25,8 @@ const IN_PACKAGES: &str = "python/torch";
 pub enum Exported {
     /// Nothing: it is not exported, or is what `.cargo/config.toml` makes of that.
     Not,
+    /// What set-up puts into place itself, by another way.
+    Own(PathBuf),
     /// A LibTorch that will do.
     Good(PathBuf),
     /// Something that will not do, and why.
@@ -40,14 +42,14 @@ impl Exported {
     fn of(value: Option<OsString>, repository: &Repository) -> Result<Self> {
         let Some(value) = value.filter(|value| !value.is_empty()) else { return Ok(Self::Not) };
         let path = files::absolute(Path::new(&value))?;
-        let own = repository.root().join(".controlgen");
-        // By whatever way it leads here: a link to our own link would be a loop.
-        let ours = |path: &Path| path.starts_with(&own) || path.starts_with(repository.data());
-        let resolved = fs::canonicalize(&path);
-        let inside =
-            |path: &PathBuf| fs::canonicalize(&own).is_ok_and(|own| path.starts_with(own)) || ours(path);
-        if ours(&path) || resolved.as_ref().is_ok_and(inside) {
+        if path == repository.root().join(".controlgen/libtorch") || path == repository.libtorch() {
             return Ok(Self::Not);
+        }
+        // By whatever way it leads here: a link to our own link would be a loop.
+        let inside =
+            |path: PathBuf| fs::canonicalize(repository.data()).is_ok_and(|own| path.starts_with(own));
+        if [fs::canonicalize(&path).ok(), place(&path)].into_iter().flatten().any(inside) {
+            return Ok(Self::Own(path));
         }
         Ok(match check(&path) {
             Ok(()) => Self::Good(path),
@@ -65,13 +67,20 @@ impl Exported {
         ))
     }
 
-    /// What `LIBTORCH` is to be for the programs we start.
+    /// What `LIBTORCH` is to be for the programs we start: what is exported, if it is good, to the letter, since the
+    /// bindings are compiled again when it changes.
     pub fn for_programs(&self, repository: &Repository) -> PathBuf {
         match self {
             Self::Good(path) => path.clone(),
-            Self::Not | Self::Bad(..) => repository.libtorch(),
+            Self::Own(path) if check(path).is_ok() => path.clone(),
+            Self::Not | Self::Own(_) | Self::Bad(..) => repository.libtorch(),
         }
     }
+}
+
+/// The path of a file or link itself, with the links on the way to it resolved.
+fn place(path: &Path) -> Option<PathBuf> {
+    Some(fs::canonicalize(path.parent()?).ok()?.join(path.file_name()?))
 }
 
 /// Where LibTorch comes from.
@@ -109,6 +118,7 @@ impl Source {
 /// earlier run linked to; else the packages, with CUDA if asked for now or before, or if there is a driver.
 pub fn source(repository: &Repository, exported: &Exported, asked: Option<Compute>, stamp: &Stamp) -> Source {
     if let Exported::Good(path) = exported {
+        // Resolved, so that the link cannot lead to itself by way of another.
         return Source::Folder(fs::canonicalize(path).unwrap_or_else(|_| path.clone()));
     }
     if let Some(compute) = asked {
@@ -163,8 +173,10 @@ pub fn ensure(repository: &Repository, source: &Source, stamp: &mut Stamp, tempo
     }
     let target = source.link_target();
     files::link(target, &repository.libtorch(), temporary)?;
+    check(&repository.libtorch())
+        .map_err(|reason| Failure::Check(format!("{}: {reason}", repository.libtorch().display())))?;
     let libraries = ["libtorch/lib/libtorch_cpu.so", "libtorch/lib/libc10.so"].map(str::to_owned);
-    stamp.note(LINK, &target.to_string_lossy(), &libraries);
+    stamp.note(LINK, &target.to_string_lossy(), &libraries)?;
     stamp.write(temporary)?;
     println!("  linked {} to {}", repository.libtorch().display(), target.display());
     Ok(())
@@ -191,7 +203,7 @@ fn install(repository: &Repository, compute: Compute, stamp: &mut Stamp, tempora
         .map_err(|reason| Failure::Check(format!("the packages that pip fetched: {reason}")))?;
     files::replace(&unpacked, &repository.python(), temporary)?;
     let libraries = stamp.files_under(&repository.python(), |file| file.contains(".so"));
-    stamp.note(PACKAGES, &packages_value(compute), &libraries);
+    stamp.note(PACKAGES, &packages_value(compute), &libraries)?;
     stamp.write(temporary)
 }
 
@@ -228,6 +240,7 @@ fn python_version(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::symlink;
 
     /// A folder that looks like LibTorch.
     fn folder(home: &Path, name: &str, version_file: &str, version: &str) -> PathBuf {
@@ -271,19 +284,66 @@ mod tests {
         assert_eq!(of(Path::new("")), Exported::Not);
         assert_eq!(of(&repository.root().join(".controlgen/libtorch")), Exported::Not);
         assert_eq!(of(&repository.libtorch()), Exported::Not);
-        // The same place by another way: linking our link to it would be a loop.
-        fs::create_dir_all(repository.data()).unwrap();
-        let packages = folder(repository.data(), "python", "build-version", "2.11.0+cpu");
-        std::os::unix::fs::symlink(&packages, repository.libtorch()).unwrap();
-        let other = home.path().join("other-way");
-        std::os::unix::fs::symlink(repository.data(), &other).unwrap();
-        assert_eq!(of(&other.join("libtorch")), Exported::Not);
         let good = folder(home.path(), "good", "build-version", "2.11.0+cpu");
         assert_eq!(of(&good), Exported::Good(good.clone()));
         assert_eq!(of(&good).for_programs(&repository), good);
         let bad = of(&folder(home.path(), "bad", "build-version", "2.10.0"));
         assert!(bad.warning().is_some_and(|text| text.contains("found 2.10.0")), "{bad:?}");
         assert_eq!(bad.for_programs(&repository), repository.libtorch());
+    }
+
+    /// Linking our link to itself would be a loop, so every way to it must be recognised.
+    #[test]
+    fn our_own_libtorch_is_recognised_by_whatever_way() {
+        let home = tempfile::tempdir().unwrap();
+        let repository = repository(home.path());
+        let other = home.path().join("other-way");
+        symlink(repository.data(), &other).unwrap();
+        let far = home.path().join("far");
+        symlink(other.join("libtorch"), &far).unwrap();
+        let of = |path: &Path| Exported::of(Some(path.into()), &repository).unwrap();
+
+        // Before it is in place, what is exported cannot be used yet.
+        let through = other.join("libtorch");
+        assert_eq!(of(&through), Exported::Own(through.clone()));
+        assert_eq!(of(&through).for_programs(&repository), repository.libtorch());
+
+        let packages = folder(repository.data(), "python/torch", "build-version", "2.11.0+cpu");
+        symlink(IN_PACKAGES, repository.libtorch()).unwrap();
+        for way in [through, far, packages, other.join("python/torch")] {
+            assert_eq!(of(&way), Exported::Own(way.clone()));
+            assert_eq!(of(&way).for_programs(&repository), way, "kept to the letter");
+            let stamp = Stamp::read(repository.data()).unwrap();
+            let asked = source(&repository, &of(&way), Some(Compute::Cpu), &stamp);
+            assert_eq!(asked.link_target(), Path::new(IN_PACKAGES));
+        }
+    }
+
+    #[test]
+    fn a_folder_outside_is_linked_by_its_resolved_path() {
+        let home = tempfile::tempdir().unwrap();
+        let repository = repository(home.path());
+        let good = folder(home.path(), "good", "build-version", "2.11.0+cpu");
+        let link = home.path().join("link");
+        symlink(&good, &link).unwrap();
+        let exported = Exported::of(Some(link.clone().into()), &repository).unwrap();
+        assert_eq!(exported.for_programs(&repository), link);
+        let mut stamp = Stamp::read(repository.data()).unwrap();
+        let source = source(&repository, &exported, None, &stamp);
+        ensure(&repository, &source, &mut stamp, &repository.temporary()).unwrap();
+        assert_eq!(fs::read_link(repository.libtorch()).unwrap(), fs::canonicalize(good).unwrap());
+    }
+
+    #[test]
+    fn a_link_that_leads_nowhere_is_not_noted_as_done() {
+        let home = tempfile::tempdir().unwrap();
+        let repository = repository(home.path());
+        let mut stamp = Stamp::read(repository.data()).unwrap();
+        let source = Source::Folder(repository.libtorch());
+        let failure =
+            ensure(&repository, &source, &mut stamp, &repository.temporary()).unwrap_err().to_string();
+        assert!(failure.contains("found no lib/libtorch_cpu.so"), "{failure}");
+        assert!(!is_done(&source, &stamp));
     }
 
     #[test]
@@ -294,7 +354,7 @@ mod tests {
         let mut stamp = Stamp::read(repository.data()).unwrap();
         let good = folder(home.path(), "good", "build-version", "2.11.0+cpu");
 
-        stamp.note(CHOICE, "cuda", &[]);
+        stamp.note(CHOICE, "cuda", &[]).unwrap();
         let remembered = source(&repository, &Exported::Not, None, &stamp);
         assert!(matches!(remembered, Source::Packages(Compute::Cuda, _)), "{remembered:?}");
 
@@ -303,7 +363,7 @@ mod tests {
         assert!(!is_done(&exported, &stamp));
         ensure(&repository, &exported, &mut stamp, &temporary).unwrap();
         assert!(is_done(&exported, &stamp));
-        assert_eq!(fs::read_link(repository.libtorch()).unwrap(), good);
+        assert_eq!(fs::read_link(repository.libtorch()).unwrap(), fs::canonicalize(&good).unwrap());
 
         // Not exported any more: the link stays, unless packages are asked for or the folder is no longer good.
         let later = source(&repository, &Exported::Not, None, &stamp);
@@ -321,13 +381,13 @@ mod tests {
         let repository = repository(home.path());
         let mut stamp = Stamp::read(repository.data()).unwrap();
         let packages = |compute| Source::Packages(compute, String::new());
-        stamp.note(PACKAGES, &packages_value(Compute::Cpu), &[]);
+        stamp.note(PACKAGES, &packages_value(Compute::Cpu), &[]).unwrap();
         assert!(packages_are_done(&packages(Compute::Cpu), &stamp));
         assert!(!packages_are_done(&packages(Compute::Cuda), &stamp));
-        stamp.note(PACKAGES, &packages_value(Compute::Cuda), &[]);
+        stamp.note(PACKAGES, &packages_value(Compute::Cuda), &[]).unwrap();
         assert!(packages_are_done(&packages(Compute::Cpu), &stamp));
         assert!(packages_are_done(&packages(Compute::Cuda), &stamp));
-        stamp.note(PACKAGES, "cuda of another list", &[]);
+        stamp.note(PACKAGES, "cuda of another list", &[]).unwrap();
         assert!(!packages_are_done(&packages(Compute::Cpu), &stamp));
     }
 }

@@ -43,7 +43,7 @@ pub fn ensure(repository: &Repository, stamp: &mut Stamp, temporary: &Path) -> R
     }
     let file = place.strip_prefix(repository.data()).ok().and_then(Path::to_str).map(str::to_owned);
     let file = file.ok_or_else(|| Failure::Check(format!("{}: not a path in UTF-8", place.display())))?;
-    stamp.note(ENTRY, SHA256, &[file]);
+    stamp.note(ENTRY, SHA256, &[file])?;
     stamp.write(temporary)
 }
 

@@ -62,10 +62,16 @@ impl Stamp {
         })
     }
 
-    /// Notes that a thing is done. The files are paths relative to the folder.
-    pub fn note(&mut self, name: &str, value: &str, files: &[String]) {
-        let files = files.iter().filter_map(|path| Fact::of(&self.folder, path)).collect();
+    /// Notes that a thing is done. The files are paths relative to the folder, and must be there.
+    pub fn note(&mut self, name: &str, value: &str, files: &[String]) -> Result<()> {
+        let fact = |path: &String| {
+            Fact::of(&self.folder, path).ok_or_else(|| {
+                Failure::Check(format!("{}: expected a file, found none", self.folder.join(path).display()))
+            })
+        };
+        let files = files.iter().map(fact).collect::<Result<_>>()?;
         self.entries.insert(name.to_owned(), Entry { value: value.to_owned(), files });
+        Ok(())
     }
 
     /// Writes the stamp, all of it or nothing.
@@ -131,9 +137,9 @@ mod tests {
         fs::create_dir(folder.join("hf")).unwrap();
         fs::write(folder.join("hf/config.json"), b"{}").unwrap();
         let mut stamp = Stamp::read(folder).unwrap();
-        stamp.note("model", "sum", &["a.gguf".into()]);
-        stamp.note("hf", "sum 1", &stamp.files_under(&folder.join("hf"), |_| true));
-        stamp.note("choice", "cpu", &[]);
+        stamp.note("model", "sum", &["a.gguf".into()]).unwrap();
+        stamp.note("hf", "sum 1", &stamp.files_under(&folder.join("hf"), |_| true)).unwrap();
+        stamp.note("choice", "cpu", &[]).unwrap();
         stamp.write(folder).unwrap();
         Stamp::read(folder).unwrap()
     }
@@ -146,6 +152,9 @@ mod tests {
         assert!(!stamp.holds("model", "another sum") && !stamp.holds("libtorch", "sum"));
         assert_eq!(stamp.value("choice"), Some("cpu"));
         assert_eq!(stamp.entries["hf"].files.len(), 1);
+        let mut stamp = stamp;
+        let failure = stamp.note("model", "sum", &["absent".into()]).unwrap_err().to_string();
+        assert!(failure.contains("absent: expected a file, found none"), "{failure}");
     }
 
     #[test]
