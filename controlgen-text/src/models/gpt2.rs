@@ -119,7 +119,7 @@ impl Gpt2 {
         let mut h = Vec::new();
         for i in 0..c.n_layer {
             let name = format!("transformer.h.{i}");
-            let w = root.scope(&format!("h.{i}"));
+            let w = root.scope(format!("h.{i}"));
             let norm = |name: &str| -> Result<LayerNorm> {
                 let weight = w.get(&format!("{name}.weight"), &[d])?;
                 Ok(LayerNorm::new(weight, Some(w.get(&format!("{name}.bias"), &[d])?), c.layer_norm_epsilon))
@@ -283,13 +283,13 @@ impl LanguageModel for Gpt2 {
 
     fn start(&self, source: Source<'_>, _pass: &Pass<'_>) -> Result<State> {
         let rows = decoder_only(source)?;
-        Ok(State::new(KvCache::new(self.h.len(), rows, self.spec.context)))
+        Ok(State::new(KvCache::new(&self.sites, self.h.len(), rows, self.spec.context)))
     }
 
     fn forward(&self, input: LmInput<'_>, state: &mut State, pass: &Pass<'_>) -> Result<LmOutput> {
         pass.check(&self.sites)?;
         let (b, t) = input.validate(&self.spec)?;
-        let cache: &mut KvCache = state.downcast("the cache of a decoder")?;
+        let cache = KvCache::of(state, &self.sites)?;
         let placed = cache.place(&input, (b, t), pass.position_offset(), self.spec.placement)?;
         let (d, h) = (self.config.n_embd, self.config.n_head);
 

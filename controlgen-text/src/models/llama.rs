@@ -360,13 +360,13 @@ impl LanguageModel for Llama {
 
     fn start(&self, source: Source<'_>, _pass: &Pass<'_>) -> Result<State> {
         let rows = decoder_only(source)?;
-        Ok(State::new(KvCache::new(self.layers.len(), rows, self.spec.context)))
+        Ok(State::new(KvCache::new(&self.sites, self.layers.len(), rows, self.spec.context)))
     }
 
     fn forward(&self, input: LmInput<'_>, state: &mut State, pass: &Pass<'_>) -> Result<LmOutput> {
         pass.check(&self.sites)?;
         let (b, t) = input.validate(&self.spec)?;
-        let cache: &mut KvCache = state.downcast("the cache of a decoder")?;
+        let cache = KvCache::of(state, &self.sites)?;
         let placed = cache.place(&input, (b, t), pass.position_offset(), self.spec.placement)?;
         let rotations = placed.rotations(&self.rotary)?;
         let (h, hk, hd) =
