@@ -352,7 +352,7 @@ fn mutated(file: &Value, text: &str, choice: (u8, usize, usize)) -> String {
     let mut node = &mut file;
     let mut seed = at;
     loop {
-        let next = seed % 7;
+        let next = seed % 16;
         seed = (seed >> 3) + at % 1009;
         let length = match &*node {
             Value::Array(list) => list.len(),
@@ -390,7 +390,13 @@ fn mutated(file: &Value, text: &str, choice: (u8, usize, usize)) -> String {
         serde_json::json!({"type": "WordPiece", "prefix": "##", "cleanup": true}),
         serde_json::json!(["a", "b", "c"]),
     ];
-    *node = values[by % values.len()].clone();
+    // As often as not, a value of the same type.
+    let same = |value: &&Value| std::mem::discriminant(*value) == std::mem::discriminant(&*node);
+    let alike: Vec<&Value> = values.iter().filter(same).collect();
+    *node = match how % 2 {
+        0 if !alike.is_empty() => alike[by % alike.len()].clone(),
+        _ => values[by % values.len()].clone(),
+    };
     file.to_string()
 }
 
@@ -432,5 +438,5 @@ fn mutated_files_do_not_panic() {
     };
     proptest::test_runner::TestRunner::new(config).run(&choices, run).unwrap();
     println!("{} of {} mutated files opened", opened.get(), tried.get());
-    assert!(opened.get() * 10 > tried.get());
+    assert!(opened.get() * 5 > tried.get());
 }
