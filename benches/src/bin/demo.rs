@@ -191,7 +191,7 @@ fn print(show: &Show, plain: &Generation, controlled: &Generation) {
     const WIDTH: usize = 54;
     println!("\n{}", "─".repeat(2 * WIDTH + 3));
     println!("{}   ·   prompt: {}", show.name.to_uppercase(), show.prompt.replace('\n', " "));
-    println!("{:<WIDTH$} │ {}", "uncontrolled", "controlled");
+    println!("{:<WIDTH$} │ controlled", "uncontrolled");
     let (left, right) = (wrap(plain.text(), WIDTH), wrap(controlled.text(), WIDTH));
     for i in 0..left.len().max(right.len()) {
         let at = |lines: &[String]| lines.get(i).cloned().unwrap_or_default();
