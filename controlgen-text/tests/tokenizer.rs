@@ -248,6 +248,24 @@ impl SpecialPad for Tokenizer {
 }
 
 #[test]
+fn ids_may_have_gaps() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut file = json(fixtures().join("byte_level/tokenizer.json"));
+    let (token, id) = ("zzz gap", 5000);
+    file["added_tokens"].as_array_mut().unwrap().push(serde_json::json!({
+        "id": id, "content": token, "special": true, "normalized": false, "lstrip": false, "rstrip": false, "single_word": false
+    }));
+    // The library numbers added tokens itself, unless the model knows them.
+    file["model"]["vocab"][token] = id.into();
+    std::fs::write(folder.path().join("tokenizer.json"), file.to_string()).unwrap();
+    let tokenizer = Tokenizer::open(folder.path()).unwrap();
+    assert_eq!(tokenizer.vocab_size(), 5001);
+    assert_eq!(tokenizer.encode(token, Special::Keep).unwrap(), [5000]);
+    assert!(matches!(tokenizer.decode(&[4999], false), Err(Error::Value { .. })));
+    assert_eq!((tokenizer.token_bytes(4999), tokenizer.id_to_token(4999)), (None, None));
+}
+
+#[test]
 fn damaged_files_are_errors() {
     let good = std::fs::read_to_string(fixtures().join("byte_level/tokenizer.json")).unwrap();
     let folder = tempfile::tempdir().unwrap();
