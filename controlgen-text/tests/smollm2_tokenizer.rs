@@ -1,5 +1,5 @@
-//! SmolLM2's tokenizer against transformers (`benches/reference/smollm2_truth.py`). Skipped where the model is not
-//! there; the set-up of `cargo xtask` fetches it.
+//! SmolLM2's tokenizer against transformers (`benches/reference/smollm2_truth.py`). It fails where the model is not
+//! there; `cargo xtask setup` fetches it.
 #![cfg(feature = "gguf")]
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -12,19 +12,14 @@ use controlgen_text::tokenizer::{Special, TextStream, Tokenizer};
 use proptest::prelude::*;
 use serde_json::Value;
 
-fn tokenizer() -> Option<&'static Tokenizer> {
-    static TOKENIZER: OnceLock<Option<Tokenizer>> = OnceLock::new();
-    let open = || {
-        let folder =
-            Path::new(env!("CARGO_MANIFEST_DIR")).join("../.controlgen/models/smollm2-135m-instruct");
+fn tokenizer() -> &'static Tokenizer {
+    static TOKENIZER: OnceLock<Tokenizer> = OnceLock::new();
+    TOKENIZER.get_or_init(|| {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.controlgen/models/smollm2-135m-instruct");
         let path: PathBuf = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
-        if !path.exists() {
-            eprintln!("skipped: {} is not there", path.display());
-            return None;
-        }
-        Some(Tokenizer::from_gguf(&Gguf::open(path).unwrap()).unwrap())
-    };
-    TOKENIZER.get_or_init(open).as_ref()
+        assert!(path.exists(), "{} is not there: run `cargo xtask setup`", path.display());
+        Tokenizer::from_gguf(&Gguf::open(path).unwrap()).unwrap()
+    })
 }
 
 fn fixture(name: &str) -> Value {
@@ -53,7 +48,7 @@ fn assert_strings(tokenizer: &Tokenizer) {
 
 #[test]
 fn a_thousand_texts_have_transformers_ids() {
-    let Some(tokenizer) = tokenizer() else { return };
+    let tokenizer = tokenizer();
     assert_strings(tokenizer);
     let folder = tempfile::tempdir().unwrap();
     tokenizer.save(folder.path()).unwrap();
@@ -67,7 +62,7 @@ fn a_thousand_texts_have_transformers_ids() {
 
 #[test]
 fn ids_are_decoded_as_by_transformers() {
-    let Some(tokenizer) = tokenizer() else { return };
+    let tokenizer = tokenizer();
     for case in fixture("decode.json").as_array().unwrap() {
         let ids = ids(&case["ids"]);
         for (skip, field) in [(false, "text"), (true, "text_without_special")] {
@@ -78,7 +73,7 @@ fn ids_are_decoded_as_by_transformers() {
 
 #[test]
 fn conversations_are_rendered_as_by_transformers() {
-    let Some(tokenizer) = tokenizer() else { return };
+    let tokenizer = tokenizer();
     let (template, fixture) = (tokenizer.chat_template().unwrap().unwrap(), fixture("chat.json"));
     for case in fixture["cases"].as_array().unwrap() {
         let messages: Vec<Message> = case["messages"]
@@ -96,7 +91,7 @@ fn conversations_are_rendered_as_by_transformers() {
 
 #[test]
 fn bytes_of_tokens_make_the_text() {
-    let Some(tokenizer) = tokenizer() else { return };
+    let tokenizer = tokenizer();
     for case in fixture("strings.json").as_array().unwrap() {
         let ids = ids(&case["ids"]);
         let bytes: Vec<u8> = ids.iter().flat_map(|&id| tokenizer.token_bytes(id).unwrap()).collect();
@@ -107,7 +102,7 @@ fn bytes_of_tokens_make_the_text() {
 proptest! {
     #[test]
     fn streams_give_what_decoding_gives(ids in proptest::collection::vec(0..49152i64, 0..80), skip: bool) {
-        let Some(tokenizer) = tokenizer() else { return Ok(()) };
+        let tokenizer = tokenizer();
         let mut stream = TextStream::new(tokenizer, skip);
         let mut text = String::new();
         for &id in &ids {
