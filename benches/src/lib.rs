@@ -14,3 +14,12 @@ pub fn exit(result: controlgen_core::Result<()>) -> ExitCode {
         }
     }
 }
+
+/// The guide's code, compiled and run as documentation tests.
+#[cfg(doctest)]
+mod guide {
+    #[doc = include_str!("../../docs/guide/text.md")]
+    mod text {}
+    #[doc = include_str!("../../docs/guide/inside.md")]
+    mod inside {}
+}

@@ -137,8 +137,8 @@ mod tests {
     fn explicit(a: &Attn) -> Tensor {
         let (_, h, tq, d) = a.q.size4().unwrap();
         let (_, hk, tk, _) = a.k.size4().unwrap();
-        let k = a.k.repeat_interleave_self_int(h / hk, 1, None);
-        let v = a.v.repeat_interleave_self_int(h / hk, 1, None);
+        let k = a.k.repeat_interleave_self_int(h.div_euclid(hk), 1, None);
+        let v = a.v.repeat_interleave_self_int(h.div_euclid(hk), 1, None);
         let scores = a.q.matmul(&k.transpose(2, 3)) * a.scale.unwrap_or(1.0 / (d as f64).sqrt());
         let scores = match &a.mask {
             Mask::Full => scores,

@@ -93,3 +93,43 @@ pub trait Autoencoder: Send {
     /// [`Error::Shape`].
     fn decode(&self, latents: &Tensor) -> Result<Tensor>;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::kind::DOUBLE_CPU;
+
+    fn latents(log_variance: f64) -> Latents {
+        let mean = Tensor::arange(8, DOUBLE_CPU).view([2, 1, 2, 2]) * 0.5;
+        let log_variance = Some(mean.full_like(log_variance));
+        Latents { mean, log_variance }
+    }
+
+    #[test]
+    fn latents_are_sampled_from_the_callers_noise() {
+        let latents = latents(2.0 * 3f64.ln());
+        let noise = Tensor::ones([2, 1, 2, 2], DOUBLE_CPU) * -2.0;
+        let sample = latents.sample(&noise).unwrap();
+        assert!(sample.allclose(&(&latents.mean - 6.0), 1e-12, 1e-12, false));
+        assert!(matches!(latents.sample(&noise.get(0)), Err(Error::Shape { .. })));
+        let certain = Latents { log_variance: None, ..latents };
+        assert!(certain.sample(&noise).unwrap().equal(&certain.mean));
+        assert!(matches!(certain.kl(), Err(Error::Unsupported { .. })));
+    }
+
+    #[test]
+    fn the_divergence_is_that_of_gaussians() {
+        // KL(N(m, s²) ‖ N(0, 1)) = (m² + s² − ln s² − 1) / 2 for each of the numbers.
+        let expected = |row: f64| -> f64 {
+            (0..4).map(|i| ((row * 4.0 + f64::from(i)) * 0.5).powi(2) + 9.0 - 9f64.ln() - 1.0).sum::<f64>()
+                / 2.0
+        };
+        let kl: Vec<f64> = latents(9f64.ln()).kl().unwrap().try_into().unwrap();
+        assert!((kl[0] - expected(0.0)).abs() < 1e-12 && (kl[1] - expected(1.0)).abs() < 1e-12, "{kl:?}");
+        let standard = Latents {
+            mean: Tensor::zeros([1, 2], DOUBLE_CPU),
+            log_variance: Some(Tensor::zeros([1, 2], DOUBLE_CPU)),
+        };
+        assert_eq!(standard.kl().unwrap().double_value(&[0]), 0.0);
+    }
+}

@@ -11,7 +11,12 @@ use tch::NoGradGuard;
 ///
 /// Guards are to be dropped in the reverse order of their making, which scopes do by themselves. Dropped in another
 /// order, by `drop` or inside a structure, the last one dropped decides: it restores what held when it was made.
-/// The guard belongs to its thread and cannot be sent to another.
+/// The guard belongs to its thread and cannot be sent to another:
+///
+/// ```compile_fail,E0277
+/// fn send<T: Send>() {}
+/// send::<controlgen_core::EnableGrad>();
+/// ```
 ///
 /// ```
 /// let _inference = tch::no_grad_guard();

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use crate::{BoxRows, Result, Rows};
+use crate::{BoxRows, Error, Result, Rows};
 
 /// What a control's scores mean to a sampler that corrects for them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -117,6 +117,9 @@ impl<C: RowControl> TokenControl for PerRow<C> {
     }
 
     fn advance(&self, state: &mut Self::State, tokens: &[i64]) -> Result<()> {
+        if tokens.len() != state.len() {
+            return Err(Error::value("tokens", format!("{}, one a row", state.len()), tokens.len()));
+        }
         state.iter_mut().zip(tokens).try_for_each(|(state, &token)| self.0.advance(state, token))
     }
 

@@ -1,6 +1,7 @@
 //! Opening a file allocates at most twice its size, whatever the file claims.
 //!
 //! One test function: the counts are of the whole process.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
 #![allow(unsafe_code)] // a global allocator
 
 mod common;
@@ -11,7 +12,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use common::{damage_bytes, damage_json, safetensors};
-use controlgen_core::checkpoint::{Safetensors, save};
+use controlgen_core::checkpoint::{Safetensors, TensorSource, save};
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 use tch::{Device, Kind, Tensor};
@@ -141,9 +142,9 @@ fn opening_takes_at_most_twice_the_size() {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut bytes = valid.clone();
         if rng.random() {
-            damage_bytes(&mut rng, &mut bytes, 1600)
+            damage_bytes(&mut rng, &mut bytes, 1600);
         } else {
-            damage_json(&mut rng, &mut bytes, 8)
+            damage_json(&mut rng, &mut bytes, 8);
         }
         check("damaged", &path, &bytes, open);
     }
@@ -170,6 +171,35 @@ fn opening_takes_at_most_twice_the_size() {
 
     #[cfg(feature = "gguf")]
     gguf(&directory.path().join("test.gguf"));
+    #[cfg(target_os = "linux")]
+    pages_are_given_back(&directory.path().join("large.safetensors"));
+}
+
+/// Reading 256 MB through one tensor of 16 MB takes little more than that.
+#[cfg(target_os = "linux")]
+fn pages_are_given_back(path: &Path) {
+    let peak = || {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() >> 10
+    };
+    let (count, size) = (8, 32 << 20);
+    let tensor = |n: usize| {
+        let (from, to) = (n * size, (n + 1) * size);
+        format!("\"{n}\":{{\"dtype\":\"F32\",\"shape\":[{}],\"data_offsets\":[{from},{to}]}}", size >> 2)
+    };
+    fs::write(path, safetensors(&format!("{{{}}}", repeated(count, tensor)), &[])).unwrap();
+    let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.set_len(file.metadata().unwrap().len() + (count * size) as u64).unwrap();
+    let checkpoint = Safetensors::open(path).unwrap();
+    let mut tensor = Tensor::empty([size as i64 >> 2], (Kind::BFloat16, Device::Cpu));
+    let before = peak();
+    for n in 0..count {
+        checkpoint.read(&n.to_string(), &mut tensor).unwrap();
+    }
+    let taken = peak() - before;
+    println!("reading 256 MB: {taken} MB");
+    assert!(taken <= 40, "{taken} MB");
 }
 
 #[cfg(feature = "gguf")]

@@ -2,6 +2,7 @@
 //!
 //! `CONTROLGEN_FUZZ_CASES` sets how many cases each reader gets; a longer run is
 //! `CONTROLGEN_FUZZ_CASES=100000 cargo test -p controlgen-core --test damaged -- --nocapture`.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
 
 mod common;
 
@@ -99,12 +100,13 @@ fn run(
         share(tensors),
         start.elapsed().as_secs_f64()
     );
-    // Damage that never gets past the first check would test nothing behind it, and damage that is never found nothing at all.
+    // Damage that never gets past the first check would test nothing behind it, and damage that is never
+    // found nothing at all.
     assert!((20.0..=80.0).contains(&share(tensors)), "{what}");
 }
 
-/// What we accept, the `safetensors` crate accepts with the same content; what it accepts beyond that, we refuse for a
-/// reason of ours.
+/// What we accept, the `safetensors` crate accepts with the same content; what it accepts beyond that, we
+/// refuse for a reason of ours.
 fn agree(path: &Path, ours: &Result<Safetensors, Error>) {
     let bytes = fs::read(path).unwrap();
     match (ours, safetensors::SafeTensors::deserialize(&bytes)) {
@@ -128,10 +130,13 @@ fn agree(path: &Path, ours: &Result<Safetensors, Error>) {
             }
         }
         (Ok(_), Err(error)) => panic!("only we accept it: {error}"),
-        (Err(ours), Ok(_)) => {
+        (Err(ours), Ok(theirs)) => {
             let text = ours.to_string();
-            let reasons = ["twice", "at most 8 numbers", "element type", "overflows"];
-            assert!(reasons.iter().any(|reason| text.contains(reason)), "only we refuse it: {text}");
+            let reasons = ["twice", "at most 8 numbers", "element type", "overflows", "surrogate"];
+            // Of a name that is there twice, they take the last and do not look at the first.
+            let described = String::from_utf8_lossy(&bytes).matches("data_offsets").count();
+            let known = reasons.iter().any(|reason| text.contains(reason)) || described > theirs.len();
+            assert!(known, "only we refuse it: {text}");
         }
         (Err(_), Err(_)) => {}
     }
@@ -193,7 +198,8 @@ fn index() {
     for (shard, tensor) in [("one.safetensors", "a.weight"), ("two.safetensors", "b.weight")] {
         save(at(shard), &[(tensor.to_owned(), Tensor::ones([3], (Kind::Float, Device::Cpu)))], &[]).unwrap();
     }
-    let valid = br#"{"metadata":{"total_size":24,"x":[1,{"y":null}]},"weight_map":{"a.weight":"one.safetensors","b.weight":"two.safetensors"}}"#;
+    let valid = br#"{"metadata":{"total_size":24,"x":[1,{"y":null}]},
+        "weight_map":{"a.weight":"one.safetensors","b.weight":"two.safetensors"}}"#;
     let damage = |rng: &mut ChaCha8Rng| {
         let mut bytes = valid.to_vec();
         if rng.random() {

@@ -1,4 +1,5 @@
 //! GGUF files, against files written by the `gguf` package and files built by hand.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
 #![cfg(feature = "gguf")]
 
 mod common;
@@ -291,6 +292,7 @@ fn damaged_files_are_refused() {
             },
             "nested more than 4 deep",
         ),
+        ("parts", GgufBytes::new(3, 0, 1).key("split.count", 2, &[3, 0]).data(32, &[]), "one of 3 parts"),
         (
             "alignment 0",
             GgufBytes::new(3, 0, 1).key("general.alignment", 4, &[0; 4]).data(32, &[]),

@@ -1,4 +1,5 @@
 //! Safetensors files, against files written by torch and files read and written by the `safetensors` crate.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
 
 mod common;
 
@@ -206,6 +207,8 @@ fn tensors_are_not_broadcast_or_reinterpreted() {
 
 const TENSOR: &str = r#"{"dtype":"F32","shape":[2],"data_offsets":[0,8]}"#;
 
+const EMPTY: &str = r#"{"dtype":"F32","shape":[0],"data_offsets":[0,0]}"#;
+
 #[test]
 fn damaged_files_are_refused() {
     let tensor =
@@ -231,8 +234,30 @@ fn damaged_files_are_refused() {
         ("unclosed string", safetensors("{\"abc", &[]), "a string without an end"),
         ("escape at the end", safetensors("{\"abc\\", &[]), "a string without an end"),
         ("not UTF-8", [&8_u64.to_le_bytes()[..], b"{\"\xff\":{}}"].concat(), "UTF-8"),
-        ("bad escape", safetensors(&format!(r#"{{"\u12":{TENSOR}}}"#), &[0; 8]), "at byte 9: "),
-        ("lone surrogate", safetensors(&format!(r#"{{"\ud800":{TENSOR}}}"#), &[0; 8]), "hex escape"),
+        (
+            "bad escape",
+            safetensors(&format!(r#"{{"\u12":{TENSOR}}}"#), &[0; 8]),
+            "expected four hexadecimal digits",
+        ),
+        (
+            "lone surrogate",
+            safetensors(&format!(r#"{{"\ud800":{TENSOR}}}"#), &[0; 8]),
+            "half of a surrogate pair",
+        ),
+        (
+            "surrogates",
+            safetensors(&format!(r#"{{"\ud83d\u0061":{TENSOR}}}"#), &[0; 8]),
+            "half of a surrogate pair",
+        ),
+        (
+            "second half",
+            safetensors(&format!(r#"{{"\ude00":{TENSOR}}}"#), &[0; 8]),
+            "half of a surrogate pair",
+        ),
+        ("unknown escape", safetensors(&format!(r#"{{"\x":{TENSOR}}}"#), &[0; 8]), "an unknown escape"),
+        ("control", safetensors("{\"__metadata__\":{\"a\":\"\n\"}}", &[]), "a control character"),
+        ("bad number", safetensors(r#"{"a":{"x":1.}}"#, &[]), "invalid number"),
+        ("bad word", safetensors(r#"{"a":{"x":nul}}"#, &[]), "EOF"),
         ("tensor is a list", safetensors(r#"{"t":[]}"#, &[]), "expected `{`, found `[`"),
         ("no dtype", tensor(r#"{"shape":[2],"data_offsets":[0,8]}"#, 8), "a tensor without `dtype`"),
         ("no shape", tensor(r#"{"dtype":"F32","data_offsets":[0,8]}"#, 8), "a tensor without `shape`"),
@@ -274,14 +299,7 @@ fn damaged_files_are_refused() {
             safetensors(&format!(r#"{{"a":{TENSOR},"\u0061":{}}}"#, TENSOR.replace("0,8", "8,16")), &[0; 16]),
             "the tensor `a` is there twice",
         ),
-        (
-            "empty name twice",
-            safetensors(
-                r#"{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}"#,
-                &[],
-            ),
-            "twice",
-        ),
+        ("empty name twice", safetensors(&format!(r#"{{"a":{EMPTY},"a":{EMPTY}}}"#), &[]), "twice"),
         ("long name", safetensors(&format!(r#"{{"{long}":{TENSOR}}}"#), &[0; 8]), "a name of 70002 bytes"),
         ("metadata twice", safetensors(r#"{"__metadata__":{},"__metadata__":{}}"#, &[]), "twice"),
         (
@@ -298,6 +316,18 @@ fn damaged_files_are_refused() {
         assert!(found.contains(expected), "{case}: {found}");
         assert!(found.len() < 400, "{case}: {} characters", found.len());
     }
+}
+
+#[test]
+fn names_may_be_escaped() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("test.safetensors");
+    let header = format!(
+        r#"{{"\ud83d\ude00 \u00FC\/\b\f\n\r\t\"\\":{TENSOR},"x":{}}}"#,
+        TENSOR.replace("0,8", "8,16")
+    );
+    fs::write(&path, safetensors(&header, &[0; 16])).unwrap();
+    assert_eq!(Safetensors::open(&path).unwrap().names(), ["x", "😀 ü/\u{8}\u{c}\n\r\t\"\\"]);
 }
 
 #[test]
@@ -383,7 +413,12 @@ fn directories_without_a_checkpoint_are_refused() {
     assert!(found.contains("model.safetensors: neither this file nor its index is there"), "{found}");
     fs::write(directory.path().join("pytorch_model.bin"), b"x").unwrap();
     let found = refusal(Safetensors::open(directory.path()));
-    assert!(found.contains("a pickle is not supported; supported: safetensors"), "{found}");
+    assert!(
+        found.contains("a pickle, which could run code, is not supported; supported: safetensors"),
+        "{found}"
+    );
+    let found = refusal(Safetensors::open(directory.path().join("pytorch_model.bin")));
+    assert!(found.contains("a pickle"), "{found}");
     let tensors = [named("a", Tensor::ones([2], FLOAT))];
     save(directory.path().join("model.fp16.safetensors"), &tensors, &[]).unwrap();
     assert!(Safetensors::open(directory.path()).is_err());

@@ -1,4 +1,5 @@
 //! The loader that models are given.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
 
 use controlgen_core::Error;
 use controlgen_core::checkpoint::{Safetensors, Weights, prefixes, save};
@@ -125,4 +126,12 @@ fn names_have_alternatives() {
     assert_eq!(report.used, ["model.norm", "transformer.wte", "wpe"]);
     assert_eq!(report.missing, ["model.absent"]);
     assert!(report.unexpected.is_empty());
+}
+
+#[test]
+fn sources_may_be_shared_between_threads() {
+    fn shared<T: Send + Sync>() {}
+    shared::<Safetensors>();
+    #[cfg(feature = "gguf")]
+    shared::<controlgen_core::gguf::Gguf>();
 }

@@ -70,7 +70,7 @@ pub fn write_directory(path: impl AsRef<Path>, directory: impl AsRef<Path>, kind
         checkpoint.read(&name, &mut tensor)?;
         tensors.push((name, tensor));
     }
-    save(&directory.join("model.safetensors"), &tensors, &[("format", "pt")])
+    save(directory.join("model.safetensors"), &tensors, &[("format", "pt")])
 }
 
 fn write_json(path: &Path, value: &Value) -> Result<()> {

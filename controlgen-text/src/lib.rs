@@ -28,6 +28,8 @@ pub mod controls;
 mod generate;
 #[cfg(feature = "gguf")]
 pub mod gguf;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod models;
 pub mod sample;
 mod score;

@@ -202,3 +202,36 @@ fn why_none(logits: &Tensor, row: usize) -> Error {
         Err(error) => error,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// What runs on a GPU gives what runs on the CPU.
+        #[test]
+        fn host_and_device_agree(
+            scores in prop::collection::vec(prop_oneof![4 => -6f32..6.0, 1 => Just(f32::NEG_INFINITY)], 2..1400),
+            uniforms in prop::array::uniform2(0f64..1.0),
+        ) {
+            let vocab = scores.len() >> 1;
+            let logits = Tensor::from_slice(&scores[..2 * vocab]).view([2, vocab as i64]);
+            let _ = logits.narrow(1, 0, 1).fill_(0.5);
+            let probs = logits.softmax(-1, Kind::Float);
+            let host = draw_on_host(&logits, &probs, vocab, &uniforms).unwrap();
+            prop_assert_eq!(host, draw_on_device(&logits, &probs, vocab, &uniforms).unwrap());
+        }
+    }
+
+    #[test]
+    fn both_say_which_row_has_no_distribution() {
+        let logits = Tensor::from_slice(&[0f32, 1.0, f32::NEG_INFINITY, f32::NEG_INFINITY]).view([2, 2]);
+        let probs = logits.softmax(-1, Kind::Float);
+        for draw in [draw_on_host, draw_on_device] {
+            let error = draw(&logits, &probs, 2, &[0.5; 2]).unwrap_err();
+            assert!(matches!(error, Error::AllBanned { row: 1, .. }), "{error}");
+        }
+    }
+}

@@ -43,6 +43,10 @@ pub fn score_completions(
     if longest == 0 || completions.iter().any(Vec::is_empty) {
         return Err(Error::value("completions", "at least one, of at least one token each", "an empty one"));
     }
+    let vocab = lm.spec().vocab;
+    if let Some(&id) = completions.iter().flatten().find(|&&id| id < 0 || id >= vocab) {
+        return Err(Error::value("token id", format!("0 .. {vocab}"), id));
+    }
     let device = lm.spec().placement.device;
     let ids = Tensor::f_from_slice(prompt)?.f_unsqueeze(0)?.f_to_device(device)?;
     let mut state = lm.start(Source::Rows(1), pass)?;

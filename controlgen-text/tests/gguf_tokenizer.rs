@@ -1,6 +1,7 @@
 //! Tokenizers from GGUF metadata, against the tokenizers library and sentencepiece
 //! (`benches/reference/tokenizer_fixtures.py`).
 #![cfg(feature = "gguf")]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::path::Path;
 

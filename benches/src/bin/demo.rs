@@ -78,7 +78,7 @@ fn shows(model: &TextModel, tokens: usize) -> Result<Vec<Show>> {
     let tokenizer = model.tokenizer();
     let summer = "My favourite thing about the summer is";
     let dragon = "The knight rode out of the castle, and in the forest he met";
-    let banned = ["sun", "sunshine", "warm", "beach", "outdoors", "weather"];
+    let banned = ["people", "energy", "feel", "alive", "lucky", "team"];
     let letter = " a letter that nobody had";
     let (at_least, eos) = (tokens, model.eos().to_vec());
     let biased = tokenizer.encode(" dragon", Special::Keep)?;
@@ -118,10 +118,10 @@ fn shows(model: &TextModel, tokens: usize) -> Result<Vec<Show>> {
             )],
         },
         Show {
-            name: "logit bias +6 on `dragon`",
+            name: "logit bias +4 on `dragon`",
             prompt: dragon,
             controls: TokenControls::new()
-                .with(LogitBias::sequences([(biased.as_slice(), 6.0)])?)
+                .with(LogitBias::sequences([(biased.as_slice(), 4.0)])?)
                 .with(NoRepeatNgram::new(2)?),
             seed: None,
             checks: vec![(
@@ -138,7 +138,7 @@ fn shows(model: &TextModel, tokens: usize) -> Result<Vec<Show>> {
         },
         Show {
             name: "at least as many tokens as were asked for",
-            prompt: "Question: What is two plus two? Answer:",
+            prompt: "Question: Where do penguins live?\nAnswer:",
             controls: TokenControls::new().with(MinLength::new(at_least, eos)?),
             seed: None,
             checks: vec![(
@@ -190,8 +190,8 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
 fn print(show: &Show, plain: &Generation, controlled: &Generation) {
     const WIDTH: usize = 54;
     println!("\n{}", "─".repeat(2 * WIDTH + 3));
-    println!("{}   ·   prompt: {}", show.name.to_uppercase(), show.prompt);
-    println!("{:<WIDTH$} │ {}", "uncontrolled", "controlled");
+    println!("{}   ·   prompt: {}", show.name.to_uppercase(), show.prompt.replace('\n', " "));
+    println!("{:<WIDTH$} │ controlled", "uncontrolled");
     let (left, right) = (wrap(plain.text(), WIDTH), wrap(controlled.text(), WIDTH));
     for i in 0..left.len().max(right.len()) {
         let at = |lines: &[String]| lines.get(i).cloned().unwrap_or_default();

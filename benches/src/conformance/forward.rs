@@ -38,7 +38,18 @@ pub fn run(arguments: &[String]) -> Result<()> {
         }
     };
     let ids = integers("input_ids")?;
-    let embeds = read("inputs_embeds")?;
+    // Rounded to the type of the run, as the model's own embeddings are.
+    let embeds = match read("inputs_embeds")? {
+        Some(embeds) if embeds.is_floating_point() => Some(embeds.f_to_kind(placement.kind)?),
+        Some(embeds) => {
+            return Err(Error::Kind {
+                what: "inputs_embeds".into(),
+                expected: "a floating type".into(),
+                found: format!("{:?}", embeds.f_kind()?),
+            });
+        }
+        None => None,
+    };
     let keep = match read("attention_mask")? {
         Some(mask) => Some(mask.f_ne(0)?),
         None => None,

@@ -1,5 +1,7 @@
 //! Completing a prompt: one JSON line.
 
+use std::io::Write;
+
 use controlgen_core::{Error, Result};
 use controlgen_text::{GenerationConfig, TextModel};
 use serde_json::json;
@@ -35,17 +37,15 @@ pub fn run(arguments: &[String]) -> Result<()> {
         .iter()
         .map(|c| json!({ "ids": c.ids, "text": c.text, "logprobs": c.logprobs, "score": c.score }))
         .collect();
-    println!(
-        "{}",
-        json!({
-            "sequences": sequences,
-            "prompt_tokens": done.prompt_tokens,
-            "prefill_seconds": done.prefill.as_secs_f64(),
-            "decode_seconds": done.decode.as_secs_f64(),
-            "tokens_per_second": done.tokens_per_second(),
-        })
-    );
-    Ok(())
+    let line = json!({
+        "sequences": sequences,
+        "prompt_tokens": done.prompt_tokens,
+        "prefill_seconds": done.prefill.as_secs_f64(),
+        "decode_seconds": done.decode.as_secs_f64(),
+        "tokens_per_second": done.tokens_per_second(),
+    });
+    // Whoever reads may be gone.
+    writeln!(std::io::stdout(), "{line}").map_err(|error| Error::io("stdout", error))
 }
 
 fn parse_ids(text: &str) -> Result<Vec<i64>> {

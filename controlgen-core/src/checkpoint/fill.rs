@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::TensorInfo;
 use crate::sys::{Map, copy_from_bytes};
@@ -12,6 +12,10 @@ use crate::{Error, Result};
 const PIECE: usize = 4 << 20;
 /// Ranges of fewer bytes are left to the system: they share their pages with other tensors.
 const ADVISED: usize = 64 << 10;
+
+/// Elements that are converted at a time. LibTorch splits from 32,768 on between its threads, which costs
+/// more than it gains for work that is bound by memory, and ten times more on a machine that is busy.
+pub(crate) const SERIAL: usize = 1 << 14;
 
 /// How many elements lie in a block, and how many bytes it takes.
 #[derive(Debug, Clone, Copy)]
@@ -40,6 +44,9 @@ pub(crate) fn check_target(what: &str, name: &str, info: &TensorInfo, into: &Ten
     if !into.defined() {
         return Err(Error::value(tensor(), "a tensor to read into", "an undefined one"));
     }
+    if into.is_sparse() || into.is_mkldnn() {
+        return Err(Error::value(tensor(), "a dense tensor to read into", "another layout"));
+    }
     let found = into.size();
     if found != info.shape {
         return Err(Error::shape(tensor(), format!("{found:?}"), &info.shape));
@@ -58,7 +65,9 @@ pub(crate) fn check_target(what: &str, name: &str, info: &TensorInfo, into: &Ten
 /// Copies a tensor of LibTorch's own element type.
 pub(crate) fn plain(map: &Map, range: Range<usize>, kind: Kind, into: &mut Tensor) -> Result<()> {
     let block = Block { elements: 1, bytes: kind.elt_size_in_bytes() };
-    chunks(map, range, block, PIECE.div_ceil(block.bytes), into, |data, _, slice| {
+    let same = into.f_kind()? == kind;
+    let per_chunk = if same { PIECE.div_ceil(block.bytes) } else { SERIAL };
+    chunks(map, range, block, per_chunk, into, |data, _, slice| {
         // LibTorch trusts that a truth value is 0 or 1.
         if kind == Kind::Bool
             && let Some(other) = data.iter().find(|&&byte| byte > 1)
@@ -69,10 +78,11 @@ pub(crate) fn plain(map: &Map, range: Range<usize>, kind: Kind, into: &mut Tenso
     })
 }
 
-/// Calls `write` with the bytes of at most `per_chunk` elements, their number, and the slice `[number]` of `into`
-/// that they belong to, until the whole range is read. `per_chunk` is a multiple of the block.
+/// Calls `write` with the bytes of at most `per_chunk` elements, their number, and the slice `[number]` of
+/// `into` that they belong to, until the whole range is read. `per_chunk` is a multiple of the block.
 ///
-/// Pages of the map are released once they are read, so that it takes little memory whatever its size.
+/// Pages of the map are released once they are read, so that it takes little memory whatever its size. A
+/// tensor on another device, or one that is not contiguous, is written through a copy of itself.
 pub(crate) fn chunks(
     map: &Map,
     range: Range<usize>,
@@ -82,8 +92,8 @@ pub(crate) fn chunks(
     mut write: impl FnMut(&[u8], usize, &mut Tensor) -> Result<()>,
 ) -> Result<()> {
     let _guard = tch::no_grad_guard();
-    if !into.is_contiguous() {
-        let mut whole = Tensor::f_empty(into.size(), (into.f_kind()?, into.device()))?;
+    if into.device() != Device::Cpu || !into.is_contiguous() {
+        let mut whole = Tensor::f_empty(into.size(), (into.f_kind()?, Device::Cpu))?;
         chunks(map, range, block, per_chunk, &mut whole, write)?;
         return Ok(into.f_copy_(&whole)?);
     }

@@ -1,9 +1,10 @@
 //! The header of a safetensors file.
 //!
-//! Eight bytes of length, then JSON: `{"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …}` and
-//! optionally `"__metadata__"`, an object of strings; then the data, without holes. The `safetensors` crate
-//! takes the last of duplicate names and needs some thirty times the header's size to parse it; this reader refuses
-//! duplicates and needs less than twice.
+//! Eight bytes of length, then JSON:
+//! `{"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …}`
+//! and optionally `"__metadata__"`, an object of strings; then the data, without holes. The `safetensors` crate
+//! takes the last of duplicate names, and allocates a multiple of the header's size to parse it; this reader
+//! refuses duplicates and stays within twice the file's size.
 
 use std::ops::Range;
 

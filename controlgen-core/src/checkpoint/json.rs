@@ -1,6 +1,7 @@
 //! Reading of JSON in place.
 //!
-//! A header is untrusted, and a general parser allocates many times its size for it. This one hands out slices.
+//! A header is untrusted, and a general parser allocates many times its size for it. This one hands out
+//! slices.
 
 /// Where reading failed, and why. The caller knows the path.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,8 +47,7 @@ impl<'a> RawString<'a> {
             return Err(fault(format!("a name of {} bytes, expected at most {MAX_STRING}", self.raw.len())));
         }
         let inner = self.raw.get(1..self.raw.len() - 1).unwrap_or_default();
-        let plain = |&byte: &u8| byte != b'\\' && byte >= 0x20;
-        if inner.iter().all(plain) {
+        if !inner.contains(&b'\\') {
             out.push_str(std::str::from_utf8(inner).map_err(|error| fault(error.to_string()))?);
         } else {
             let text: String = serde_json::from_slice(self.raw).map_err(|error| fault(error.to_string()))?;
@@ -114,23 +114,62 @@ impl<'a> Scanner<'a> {
         if self.peek().is_none() { Ok(()) } else { Err(self.expected("the end")) }
     }
 
-    /// A string. Its text is not checked until it is asked for.
+    /// A string, checked but for UTF-8.
     pub(super) fn string(&mut self) -> Result<RawString<'a>, Fault> {
         if self.peek() != Some(b'"') {
             return Err(self.expected("a string"));
         }
         let start = self.at;
-        let mut end = start + 1;
+        self.at += 1;
         loop {
-            match self.bytes.get(end) {
-                Some(b'"') => break,
-                Some(b'\\') => end += 2,
-                Some(_) => end += 1,
-                None => return Err(self.fault("a string without an end")),
+            let byte =
+                self.bytes.get(self.at).copied().ok_or_else(|| self.fault("a string without an end"))?;
+            match byte {
+                b'"' => break,
+                b'\\' => self.escape()?,
+                0..0x20 => return Err(self.fault("a control character in a string")),
+                _ => self.at += 1,
             }
         }
-        self.at = end + 1;
+        self.at += 1;
         Ok(RawString { raw: &self.bytes[start..self.at], at: start })
+    }
+
+    /// Passes over an escape, or two that stand for one character.
+    fn escape(&mut self) -> Result<(), Fault> {
+        match self.bytes.get(self.at + 1) {
+            None => Err(self.fault("a string without an end")),
+            Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => {
+                self.at += 2;
+                Ok(())
+            }
+            Some(b'u') => match self.code_unit() {
+                Some(0xD800..=0xDBFF) => {
+                    self.at += 6;
+                    let second = self.bytes.get(self.at..).filter(|rest| rest.starts_with(b"\\u"));
+                    match second.and_then(|_| self.code_unit()) {
+                        Some(0xDC00..=0xDFFF) => {
+                            self.at += 6;
+                            Ok(())
+                        }
+                        _ => Err(self.fault("half of a surrogate pair in a string")),
+                    }
+                }
+                Some(0xDC00..=0xDFFF) => Err(self.fault("half of a surrogate pair in a string")),
+                Some(_) => {
+                    self.at += 6;
+                    Ok(())
+                }
+                None => Err(self.fault("expected four hexadecimal digits in a string")),
+            },
+            Some(_) => Err(self.fault("an unknown escape in a string")),
+        }
+    }
+
+    /// The number of the `\uXXXX` that comes next.
+    fn code_unit(&self) -> Option<u32> {
+        let digits = self.bytes.get(self.at + 2..self.at + 6)?;
+        digits.iter().try_fold(0, |unit, &digit| Some(unit << 4 | char::from(digit).to_digit(16)?))
     }
 
     /// An integer in 0 ..= 2⁶⁴ − 1, written without sign, point or exponent.
@@ -203,9 +242,13 @@ impl<'a> Scanner<'a> {
             Some(b'[') => self.list(|scanner| scanner.skip_within(depth + 1)),
             Some(b'"') => self.string().map(drop),
             Some(b't' | b'f' | b'n' | b'-' | b'0'..=b'9') => {
-                // Numbers, true, false, null: only their end matters.
-                let word = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.');
-                self.at += self.bytes[self.at..].iter().take_while(|byte| word(byte)).count();
+                // A number, true, false, or null.
+                let in_word = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.');
+                let rest = &self.bytes[self.at..];
+                let length = rest.iter().take_while(|byte| in_word(byte)).count();
+                serde_json::from_slice::<serde::de::IgnoredAny>(&rest[..length])
+                    .map_err(|error| self.fault(error.to_string()))?;
+                self.at += length;
                 Ok(())
             }
             _ => Err(self.expected("a value")),

@@ -1,10 +1,10 @@
 //! Named tensors in files: opened as memory maps, copied tensor by tensor, checked strictly.
 //!
-//! [`Safetensors`] and, with the feature `gguf`, [`Gguf`](crate::gguf::Gguf) are [`TensorSource`]s. A model takes
-//! what it needs from one through [`Weights`], which remembers what was missing and what was left over.
+//! [`Safetensors`] and, with the feature `gguf`, [`Gguf`](crate::gguf::Gguf) are [`TensorSource`]s. A model
+//! takes what it needs from one through [`Weights`], which remembers what was missing and what was left over.
 //!
-//! Tensors are copied out of the map: a tensor that referred to it could outlive it. Each piece of the map is given
-//! back once copied, so that loading needs little more memory than the weights.
+//! Tensors are copied out of the map: a tensor that referred to it could outlive it. Each piece of the map is
+//! given back once copied, so that loading needs little more memory than the weights.
 
 pub(crate) mod fill;
 mod header;
@@ -45,12 +45,13 @@ pub trait TensorSource: Send {
 
     /// Copies a tensor into `into`, converting to its element type and device.
     ///
-    /// `into` must have exactly the tensor's shape; it may be a view of a larger tensor. Floating-point types convert
-    /// to each other (rounding), integers to wider ones; nothing else is converted.
+    /// `into` must have exactly the tensor's shape; it may be a view of a larger tensor. Floating-point types
+    /// convert to each other (rounding), integers to wider ones; nothing else is converted.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) and [`Error::Kind`](crate::Error::Kind) where that does not hold;
-    /// [`Error::Format`](crate::Error::Format) if there is no such tensor, or the file has been damaged since it was
-    /// opened; [`Error::Torch`](crate::Error::Torch) if LibTorch refuses, as for lack of memory on a device.
+    /// [`Error::Shape`](crate::Error::Shape) and [`Error::Kind`](crate::Error::Kind) where that does not
+    /// hold; [`Error::Format`](crate::Error::Format) if there is no such tensor, or the file has been damaged
+    /// since it was opened; [`Error::Torch`](crate::Error::Torch) if LibTorch refuses, as for lack of memory
+    /// on a device.
     fn read(&self, name: &str, into: &mut Tensor) -> Result<()>;
 }

@@ -15,7 +15,8 @@ use crate::{Error, Result};
 const STEMS: [&str; 2] = ["model", "diffusion_pytorch_model"];
 /// More files than any checkpoint is cut into.
 const MAX_SHARDS: usize = 1000;
-/// Files that hold pickles, which can run code when they are read.
+/// The usual names and endings of files that hold pickles.
+const PICKLE_ENDINGS: [&str; 4] = ["bin", "pt", "pth", "ckpt"];
 const PICKLES: [&str; 3] =
     ["pytorch_model.bin", "pytorch_model.bin.index.json", "diffusion_pytorch_model.bin"];
 
@@ -31,16 +32,16 @@ struct Shard {
 }
 
 impl Safetensors {
-    /// Opens a checkpoint: a `.safetensors` file, an index (`.safetensors.index.json`) with its shards beside it, or
-    /// a directory that holds either under the name `model` or `diffusion_pytorch_model`.
+    /// Opens a checkpoint: a `.safetensors` file, an index (`.safetensors.index.json`) with its shards beside
+    /// it, or a directory that holds either under the name `model` or `diffusion_pytorch_model`.
     ///
-    /// The headers are checked: that no tensor is there twice, that shapes, element types and offsets agree, and that the
-    /// data fill the file exactly.
+    /// The headers are checked: that no tensor is there twice, that shapes, element types and offsets agree,
+    /// and that the data fill the file exactly.
     ///
     /// # Errors
-    /// [`Error::Io`] for a file that is missing or cannot be read; [`Error::Format`] for a damaged one, for an index
-    /// that names a file elsewhere, and for a shard without a tensor that the index says it has;
-    /// [`Error::Unsupported`] for a directory with pickles only.
+    /// [`Error::Io`] for a file that is missing or cannot be read; [`Error::Format`] for a damaged one, for
+    /// an index that names a file elsewhere, and for a shard without a tensor that the index says it has;
+    /// [`Error::Unsupported`] for a pickle, and for a directory with pickles only.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         if !path.is_dir() {
@@ -74,7 +75,7 @@ impl Safetensors {
 
     fn nothing_found(directory: &Path, stem: &str) -> Error {
         if let Some(pickle) = PICKLES.iter().map(|name| directory.join(name)).find(|path| path.exists()) {
-            return Error::unsupported(format!("{}: a pickle", pickle.display()), "safetensors files");
+            return Self::pickle(&pickle);
         }
         let wanted = directory.join(format!("{stem}.safetensors"));
         Error::io(
@@ -83,9 +84,20 @@ impl Safetensors {
         )
     }
 
+    fn pickle(path: &Path) -> Error {
+        Error::unsupported(
+            format!("{}: a pickle, which could run code,", path.display()),
+            "safetensors files",
+        )
+    }
+
     fn open_file(path: &Path) -> Result<Self> {
-        if path.extension().is_some_and(|ending| ending == "json") {
+        let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+        if ending == "json" {
             return Self::open_index(path);
+        }
+        if PICKLE_ENDINGS.contains(&ending) && path.exists() {
+            return Err(Self::pickle(path));
         }
         Ok(Self { path: path.to_owned(), shards: vec![Shard::open(path)?] })
     }
@@ -138,7 +150,8 @@ impl Safetensors {
         self.shards.iter().find_map(|shard| shard.header.get(name).map(|tensor| (shard, tensor)))
     }
 
-    /// The text of a key in the file's `__metadata__`, if it is there; of several shards, in the first that has it.
+    /// The text of a key in the file's `__metadata__`, if it is there; of several shards, in the first that
+    /// has it.
     ///
     /// # Errors
     /// [`Error::Format`] if the text is damaged.

@@ -14,15 +14,17 @@ use crate::{Error, Result};
 /// Bytes of a tensor that are copied and written at a time.
 const PIECE: usize = 4 << 20;
 
-/// Writes tensors to a safetensors file, which appears complete or not at all: it is written beside its place under
-/// a temporary name, and then renamed. What was there is replaced.
+/// Writes tensors to a safetensors file, which appears complete or not at all: it is written beside its place
+/// under a temporary name, and then renamed. What was there is replaced.
 ///
-/// Tensors may lie on any device and need not be contiguous; element types are those of safetensors that LibTorch
-/// has. `metadata` goes to the header: transformers expects `("format", "pt")`. Equal input gives equal bytes.
+/// Tensors may lie on any device and need not be contiguous; element types are those of safetensors that
+/// LibTorch has. `metadata` goes to the header: transformers expects `("format", "pt")`. Equal input gives
+/// equal bytes.
 ///
 /// # Errors
-/// [`Error::Value`] for a name or key that is there twice or is `__metadata__`; [`Error::Kind`] for an element type
-/// that the format lacks; [`Error::Io`] if writing fails, in which case what was there is as before.
+/// [`Error::Value`] for a name or key that is there twice or is `__metadata__`; [`Error::Kind`] for an
+/// element type that the format lacks; [`Error::Io`] if writing fails, in which case what was there is as
+/// before.
 pub fn save(path: impl AsRef<Path>, tensors: &[(String, Tensor)], metadata: &[(&str, &str)]) -> Result<()> {
     let path = path.as_ref();
     // The widest elements first, so that every tensor is aligned for its type; equal ones by name.

@@ -12,16 +12,17 @@ use crate::{Error, Result};
 
 /// Takes tensors out of a checkpoint by name, and remembers what was taken and what was missing.
 ///
-/// A name that is missing is recorded and gives a placeholder, so that [`finish`](Self::finish) can list all of them at
-/// once. A model is only valid if `finish` (or [`finish_lenient`](Self::finish_lenient), and a look at its report)
-/// says so: call it when everything has been asked for.
+/// A name that is missing is recorded and gives a placeholder, so that [`finish`](Self::finish) can list all
+/// of them at once. A model is only valid if `finish` (or [`finish_lenient`](Self::finish_lenient), and a
+/// look at its report) says so: call it when everything has been asked for.
 ///
 /// ```
 /// # use controlgen_core::{Result, checkpoint::{Safetensors, Weights, save}};
 /// # use tch::{Device, Kind, Tensor};
 /// # fn main() -> Result<()> {
 /// # let path = std::env::temp_dir().join("controlgen-weights-doctest.safetensors");
-/// # save(&path, &[("model.norm.weight".to_owned(), Tensor::f_ones([4], (Kind::Float, Device::Cpu))?)], &[])?;
+/// # let ones = Tensor::f_ones([4], (Kind::Float, Device::Cpu))?;
+/// # save(&path, &[("model.norm.weight".to_owned(), ones)], &[])?;
 /// let checkpoint = Safetensors::open(&path)?;
 /// let weights = Weights::new(&checkpoint, (Kind::BFloat16, Device::Cpu));
 /// let norm = weights.scope("model").scope("norm").get("weight", &[4])?;
@@ -59,10 +60,11 @@ impl<'a> Weights<'a> {
         Self { prefix: self.full(name.as_ref()), ..self.clone() }
     }
 
-    /// Asks for `candidates(name)` instead of each full name: the first of them that the checkpoint has is taken.
+    /// Asks for `candidates(name)` instead of each full name: the first of them that the checkpoint has is
+    /// taken.
     ///
-    /// [`prefixes`] makes the usual function. It replaces one that was set before, here and in scopes taken from
-    /// the result; the record stays shared.
+    /// [`prefixes`] makes the usual function. It replaces one that was set before, here and in scopes taken
+    /// from the result; the record stays shared.
     pub fn rename(&self, candidates: impl Fn(&str) -> Vec<String> + 'a) -> Self {
         Self { candidates: Some(Rc::new(candidates)), ..self.clone() }
     }
@@ -97,11 +99,12 @@ impl<'a> Weights<'a> {
 
     /// Reads a tensor of exactly this shape.
     ///
-    /// If the checkpoint has no such tensor, a placeholder is returned: zeros of this shape that take no memory.
+    /// If the checkpoint has no such tensor, a placeholder is returned: zeros of this shape that take no
+    /// memory.
     ///
     /// # Errors
-    /// [`Error::Shape`] and [`Error::Kind`] if the checkpoint's tensor has another shape, or an element type that does
-    /// not convert; otherwise as [`TensorSource::read`].
+    /// [`Error::Shape`] and [`Error::Kind`] if the checkpoint's tensor has another shape, or an element type
+    /// that does not convert; otherwise as [`TensorSource::read`].
     pub fn get(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
         match self.optional(name, shape)? {
             Some(tensor) => Ok(tensor),
@@ -121,8 +124,8 @@ impl<'a> Weights<'a> {
         Ok(Some(tensor))
     }
 
-    /// Reads a matrix that the checkpoint stores as `[columns, rows]`, the transpose of what is asked for, as GPT-2 stores
-    /// the weights of its linear layers. `shape` is that of the result, which is contiguous.
+    /// Reads a matrix that the checkpoint stores as `[columns, rows]`, the transpose of what is asked for, as
+    /// GPT-2 stores the weights of its linear layers. `shape` is that of the result, which is contiguous.
     ///
     /// # Errors
     /// As [`get`](Self::get), and [`Error::Shape`] if `shape` does not have two dimensions.
@@ -137,12 +140,12 @@ impl<'a> Weights<'a> {
         Ok(tensor)
     }
 
-    /// Reads several tensors as one, joined along the first dimension: the weights of projections that are computed
-    /// together. Each is read straight into its place, so that nothing is held twice.
+    /// Reads several tensors as one, joined along the first dimension: the weights of projections that are
+    /// computed together. Each is read straight into its place, so that nothing is held twice.
     ///
     /// # Errors
-    /// As [`get`](Self::get); and [`Error::Shape`] if the shapes differ in another dimension than the first, or have
-    /// none.
+    /// As [`get`](Self::get); and [`Error::Shape`] if the shapes differ in another dimension than the first,
+    /// or have none.
     pub fn fused(&self, parts: &[(&str, &[i64])]) -> Result<Tensor> {
         let Some((name, [_, rest @ ..])) = parts.first() else {
             return Err(Error::value(
@@ -185,8 +188,8 @@ impl<'a> Weights<'a> {
         Ok(tensor)
     }
 
-    /// Ends loading, strictly: nothing may be missing, and nothing left over but names that match one of the patterns
-    /// in `ignore`, in which `*` stands for any run of characters.
+    /// Ends loading, strictly: nothing may be missing, and nothing left over but names that match one of the
+    /// patterns in `ignore`, in which `*` stands for any run of characters.
     ///
     /// # Errors
     /// [`Error::Keys`] with all names that are missing and all that are left over.
@@ -198,8 +201,8 @@ impl<'a> Weights<'a> {
         Err(Error::Keys { what: self.source.what(), missing: report.missing, unexpected: report.unexpected })
     }
 
-    /// Ends loading, and leaves it to the caller what to make of names that are missing (whose tensors are zeros) or
-    /// left over.
+    /// Ends loading, and leaves it to the caller what to make of names that are missing (whose tensors are
+    /// zeros) or left over.
     pub fn finish_lenient(&self, ignore: &[&str]) -> Report {
         let record = self.record.borrow();
         let left = |name: &String| {
@@ -247,9 +250,11 @@ impl<'a> Weights<'a> {
     }
 }
 
-/// A function for [`Weights::rename`]: a name as it is, then with each `from` at its beginning replaced by `to`.
+/// A function for [`Weights::rename`]: a name as it is, then with each `from` at its beginning replaced by
+/// `to`.
 ///
-/// `prefixes(&[("model.", ""), ("", "transformer.")])` also finds `model.x` as `x`, and `x` as `transformer.x`.
+/// `prefixes(&[("model.", ""), ("", "transformer.")])` also finds `model.x` as `x`, and `x` as
+/// `transformer.x`.
 pub fn prefixes(pairs: &[(&str, &str)]) -> impl Fn(&str) -> Vec<String> + use<> {
     let pairs: Vec<(String, String)> =
         pairs.iter().map(|(from, to)| ((*from).to_owned(), (*to).to_owned())).collect();

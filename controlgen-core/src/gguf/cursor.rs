@@ -64,7 +64,8 @@ impl<'a> Cursor<'a> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    /// A count of things that take at least `width` bytes each: refused where the rest of the file cannot hold them.
+    /// A count of things that take at least `width` bytes each: refused where the rest of the file cannot
+    /// hold them.
     pub(super) fn count(&mut self, width: usize, what: &str) -> Result<usize, Fault> {
         let at = self.at;
         let count = self.u64(what)?;

@@ -7,20 +7,17 @@ use candle_core::CpuStorage;
 use candle_core::quantized::GgmlDType;
 use tch::Tensor;
 
-use crate::checkpoint::fill::{self, Block};
+use crate::checkpoint::fill::{self, Block, SERIAL};
 use crate::sys::{Map, copy_from_floats};
 use crate::{Error, Result};
-
-/// Elements that are de-quantised at a time: small enough for the cache, a multiple of every block.
-const CHUNK: usize = 1 << 16;
 
 /// De-quantises the tensor whose blocks lie in `range` into `into`, which has the same shape.
 pub(super) fn read(map: &Map, range: Range<usize>, encoding: GgmlDType, into: &mut Tensor) -> Result<()> {
     let failed = |reason: String| Error::format(map.path(), format!("de-quantising {encoding:?}: {reason}"));
     let block = Block { elements: encoding.block_size(), bytes: encoding.type_size() };
-    fill::chunks(map, range, block, CHUNK, into, |data, count, slice| {
-        // `from_data` asserts that the data are aligned for the block type; the widest has 4 bytes. Offsets in a
-        // file are multiples of at least 8, and maps begin at a page.
+    fill::chunks(map, range, block, SERIAL, into, |data, count, slice| {
+        // `from_data` asserts that the data are aligned for the block type; the widest has 4 bytes. Offsets
+        // in a file are multiples of at least 8, and maps begin at a page.
         if data.as_ptr().align_offset(align_of::<u32>()) != 0 {
             return Err(failed("the data are not aligned".to_owned()));
         }

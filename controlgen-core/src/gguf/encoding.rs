@@ -4,7 +4,8 @@ use candle_core::quantized::GgmlDType;
 use tch::Kind;
 
 /// The encodings that are read, for errors.
-pub(super) const SUPPORTED: &str = "F32, F16, BF16, F64, I8, I16, I32, I64, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K";
+pub(super) const SUPPORTED: &str =
+    "F32, F16, BF16, F64, I8 to I64, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, Q8_K";
 
 /// How the elements of a tensor are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -10,6 +10,8 @@ use crate::sys::Map;
 use crate::{Error, Result};
 
 const ALIGNMENT_KEY: &str = "general.alignment";
+/// How many files a model was split into.
+const PARTS_KEY: &str = "split.count";
 const DEFAULT_ALIGNMENT: usize = 32;
 /// ggml has tensors of up to four dimensions; a few more do no harm.
 const MAX_RANK: u32 = 8;
@@ -71,7 +73,13 @@ pub(super) fn read(map: &Map) -> Result<Header> {
     let key_count = cursor.count(MIN_KEY, "number of metadata values").map_err(damaged)?;
 
     let keys = read_keys(&mut cursor, bytes, key_count).map_err(damaged)?;
-    let alignment = alignment(Metadata { path: map.path(), bytes, keys: &keys })?;
+    let metadata = Metadata { path: map.path(), bytes, keys: &keys };
+    let alignment = alignment(metadata)?;
+    let parts = metadata.optional::<u64>(PARTS_KEY)?.unwrap_or(1);
+    if parts > 1 {
+        let what = format!("{}: one of {parts} parts of a model", map.path().display());
+        return Err(Error::unsupported(what, "a model in one file"));
+    }
     let tensors = read_tensors(&mut cursor, map, tensor_count)?;
     let data_at = cursor
         .at()

@@ -62,7 +62,8 @@ impl<'a> Metadata<'a> {
         T::from_value(value).map(Some).ok_or_else(|| self.refuse(key, T::EXPECTED, &value.to_string()))
     }
 
-    /// A number in 0 ..= 2³² − 1, stored as any type of integer. Errors as in [`required`](Self::required).
+    /// A number in 0 ..= 2³² − 1, stored as any type of integer. Errors as in
+    /// [`required`](Self::required).
     pub fn u32(&self, key: &str) -> Result<u32> {
         self.required(key)
     }
@@ -72,7 +73,8 @@ impl<'a> Metadata<'a> {
         self.required(key)
     }
 
-    /// A number in −2⁶³ ..= 2⁶³ − 1, stored as any type of integer. Errors as in [`required`](Self::required).
+    /// A number in −2⁶³ ..= 2⁶³ − 1, stored as any type of integer. Errors as in
+    /// [`required`](Self::required).
     pub fn i64(&self, key: &str) -> Result<i64> {
         self.required(key)
     }
@@ -107,7 +109,8 @@ impl<'a> Metadata<'a> {
         self.required(key)
     }
 
-    /// A list of floating-point numbers; those of 64 bits are rounded. Errors as in [`required`](Self::required).
+    /// A list of floating-point numbers; those of 64 bits are rounded. Errors as in
+    /// [`required`](Self::required).
     pub fn f32s(&self, key: &str) -> Result<Vec<f32>> {
         self.required(key)
     }
@@ -124,8 +127,8 @@ impl<'a> Metadata<'a> {
 
 /// Types that metadata can be read as.
 ///
-/// Integers are taken from every integer type whose value they can hold, as writers do not agree on the widths;
-/// floating-point numbers from both widths; nothing else is converted.
+/// Integers are taken from every integer type whose value they can hold, as writers do not agree on the
+/// widths; floating-point numbers from both widths; nothing else is converted.
 pub trait FromValue<'a>: Sized {
     /// What is expected, for the error.
     const EXPECTED: &'static str;

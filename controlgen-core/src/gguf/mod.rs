@@ -2,8 +2,8 @@
 //!
 //! Versions 2 and 3, little-endian. The format is described in ggml's `docs/gguf.md`.
 //!
-//! The header is read in place: what is kept of it is one offset for each key and each tensor, so that no length
-//! in a damaged file can make the reader allocate.
+//! The header is read in place: what is kept of it is one offset for each key and each tensor, so that no
+//! length in a damaged file can make the reader allocate.
 
 mod cursor;
 mod dequantise;
@@ -27,9 +27,9 @@ use header::{Header, TensorEntry};
 
 /// An open GGUF file.
 ///
-/// Its tensors are read as a [`TensorSource`]: quantised ones are de-quantised to f32 and then converted to the
-/// element type of the tensor they are read into. Shapes are LibTorch's, slowest dimension first (the file has them the other way
-/// round): a linear layer's weight is `[out, in]`.
+/// Its tensors are read as a [`TensorSource`]: quantised ones are de-quantised to f32 and then converted to
+/// the element type of the tensor they are read into. Shapes are LibTorch's, slowest dimension first (the
+/// file has them the other way round): a linear layer's weight is `[out, in]`.
 pub struct Gguf {
     map: Map,
     header: Header,
@@ -40,8 +40,8 @@ impl Gguf {
     ///
     /// # Errors
     /// [`Error::Io`] if the file cannot be read; [`Error::Format`] if it is damaged or no GGUF file;
-    /// [`Error::Unsupported`] for version 1, big-endian files, and encodings that are not among
-    /// F32, F16, BF16, F64, I8 to I64, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q2_K to Q8_K.
+    /// [`Error::Unsupported`] for version 1, big-endian files, one of several parts of a model, and encodings
+    /// that are not among F32, F16, BF16, F64, I8 to I64, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q2_K to Q8_K.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let map = Map::open(path.as_ref())?;
         let header = header::read(&map)?;

@@ -236,8 +236,8 @@ impl<'a> Array<'a> {
         self.length == 0
     }
 
-    /// The values in order. They were checked when the file was opened; should the file have changed since, the
-    /// iteration ends early.
+    /// The values in order. They were checked when the file was opened; should the file have changed since,
+    /// the iteration ends early.
     pub fn iter(&self) -> impl Iterator<Item = Value<'a>> + use<'a> {
         let (mut cursor, kind, depth) = (self.start, self.kind, self.depth);
         (0..self.length).map_while(move |_| Value::read(&mut cursor, kind, depth + 1).ok())

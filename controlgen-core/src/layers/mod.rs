@@ -5,6 +5,7 @@ mod embedding;
 mod linear;
 mod norm;
 mod rotary;
+mod weight;
 
 pub use activation::Activation;
 pub use embedding::Embedding;

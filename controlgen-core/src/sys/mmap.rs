@@ -11,10 +11,11 @@ use crate::{Error, Result};
 
 /// A regular file, mapped read-only.
 ///
-/// A map shows the file as it is now, not as it was when opened: a file that another process rewrites in place
-/// changes under it, and one that is cut short kills the reading process (`SIGBUS`), as with every memory map.
-/// Writers that replace a file by renaming, as [`crate::checkpoint::save`] does, are harmless. Readers here check
-/// every offset each time they use it, so that changed bytes can give wrong numbers or an error, not a panic.
+/// A map shows the file as it is now, not as it was when opened: a file that another process rewrites in
+/// place changes under it, and one that is cut short kills the reading process (`SIGBUS`), as with every
+/// memory map. Writers that replace a file by renaming, as [`crate::checkpoint::save`] does, are harmless.
+/// Readers here check every offset each time they use it, so that changed bytes can give wrong numbers or an
+/// error, not a panic.
 pub(crate) struct Map {
     map: Mmap,
     path: PathBuf,
@@ -29,8 +30,8 @@ impl Map {
             return Err(fail(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")));
         }
         let file = File::open(path).map_err(fail)?;
-        // SAFETY: the map is read-only and owned, and no reference outlives it. That no other process writes to
-        // the file cannot be had from the system; see above.
+        // SAFETY: the map is read-only and owned, and no reference outlives it. That no other process writes
+        // to the file cannot be had from the system; see above.
         let map = unsafe { Mmap::map(&file) }.map_err(fail)?;
         Ok(Self { map, path: path.to_owned() })
     }
@@ -55,8 +56,8 @@ impl Map {
         let _ = range;
     }
 
-    /// Says that a range will not be read again soon, so that its pages stop counting as memory of this process.
-    /// A hint, too: reading it again is allowed and costs time.
+    /// Says that a range will not be read again soon, so that its pages stop counting as memory of this
+    /// process. A hint, too: reading it again is allowed and costs time.
     pub(crate) fn release(&self, range: &Range<usize>) {
         #[cfg(unix)]
         if let Some(length) = self.checked_length(range) {

@@ -1,6 +1,8 @@
 //! Test models whose truth is known, statistics, and strategies for property tests.
 
 mod batch;
+#[cfg(feature = "bench")]
+pub mod bench;
 mod statistics;
 pub mod strategies;
 mod table_lm;

@@ -1,5 +1,5 @@
 //! GGUF files built by hand, and damage done to files.
-#![allow(dead_code)] // each test uses a part
+#![allow(dead_code, clippy::unwrap_used)] // helpers of tests, of which each uses a part
 
 use rand::RngExt;
 use rand::rngs::ChaCha8Rng;
@@ -166,7 +166,8 @@ pub fn damage_field(rng: &mut ChaCha8Rng, bytes: &mut [u8], fields: &[(usize, us
     bytes[at..at + width].copy_from_slice(&new.to_le_bytes()[..width]);
 }
 
-/// Replaces a number, a string or a member of the JSON text at `text`, and mostly keeps the length before it right.
+/// Replaces a number, a string or a member of the JSON text at `text`, and mostly keeps the length before it
+/// right.
 pub fn damage_json(rng: &mut ChaCha8Rng, bytes: &mut Vec<u8>, prefix: usize) {
     let end = if prefix == 0 {
         bytes.len()
@@ -229,8 +230,8 @@ pub fn damage_json(rng: &mut ChaCha8Rng, bytes: &mut Vec<u8>, prefix: usize) {
     bytes.splice(prefix..end, text);
 }
 
-/// Changes a GGUF file in a way that mostly leaves it valid: a smaller dimension, another encoding, other letters, other
-/// data.
+/// Changes a GGUF file in a way that mostly leaves it valid: a smaller dimension, another encoding, other
+/// letters, other data.
 pub fn alter_gguf(rng: &mut ChaCha8Rng, bytes: &mut [u8], file: &GgufBytes) {
     match rng.random_range(0..4) {
         0 => {
@@ -255,8 +256,8 @@ pub fn alter_gguf(rng: &mut ChaCha8Rng, bytes: &mut [u8], file: &GgufBytes) {
     }
 }
 
-/// Changes a safetensors file in a way that mostly leaves it valid: another shape of as many elements, another element type of the
-/// same width, another name, another order, other data.
+/// Changes a safetensors file in a way that mostly leaves it valid: another shape of as many elements,
+/// another element type of the same width, another name, another order, other data.
 pub fn alter_safetensors(rng: &mut ChaCha8Rng, bytes: &mut Vec<u8>) {
     let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let Ok(serde_json::Value::Object(mut header)) = serde_json::from_slice(&bytes[8..end]) else { return };
@@ -270,9 +271,11 @@ pub fn alter_safetensors(rng: &mut ChaCha8Rng, bytes: &mut Vec<u8>) {
             let shape = header[name]["shape"].as_array().cloned().unwrap_or_default();
             let count: u64 = shape.iter().map(|size| size.as_u64().unwrap_or(1)).product();
             let divisor = rng.random_range(1..=8);
-            header[name]["shape"] = match count.checked_rem(divisor) {
-                Some(0) => serde_json::json!([divisor, count / divisor]),
-                _ => serde_json::json!([1, count, 1]),
+            let other = count.div_ceil(divisor);
+            header[name]["shape"] = if divisor * other == count {
+                serde_json::json!([divisor, other])
+            } else {
+                serde_json::json!([1, count, 1])
             };
         }
         1 => {

@@ -1,6 +1,7 @@
-//! What templates take for granted because Python gives it: `json.dumps`, and methods of strings.
+//! What templates take for granted because Python and Jinja give it: `json.dumps`, methods of strings, and tests and
+//! filters where minijinja's differ.
 
-use minijinja::value::{Kwargs, ValueKind};
+use minijinja::value::{Kwargs, Tuple, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
 /// An error with a message of its own.
@@ -19,17 +20,24 @@ pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value
             ("removesuffix", Some(suffix)) => return Ok(this.strip_suffix(suffix).unwrap_or(this).into()),
             ("partition", Some(by)) if !by.is_empty() => {
                 let (before, after) = this.split_once(by).map_or((this, None), |(a, b)| (a, Some(b)));
-                return Ok(list([before, after.map_or("", |_| by), after.unwrap_or_default()]));
+                let parts = [before, after.map_or("", |_| by), after.unwrap_or_default()];
+                return Ok(Tuple::from(parts.map(Value::from)).into());
             }
             ("rpartition", Some(by)) if !by.is_empty() => {
                 let (before, after) = this.rsplit_once(by).map_or((None, this), |(a, b)| (Some(a), b));
-                return Ok(list([before.unwrap_or_default(), before.map_or("", |_| by), after]));
+                let parts = [before.unwrap_or_default(), before.map_or("", |_| by), after];
+                return Ok(Tuple::from(parts.map(Value::from)).into());
             }
+            ("index", Some(part)) => {
+                let at = this.find(part).ok_or_else(|| refuse(format!("substring {part:?} not found")))?;
+                return Ok(this[..at].chars().count().into());
+            }
+            ("title", None) => return Ok(title(this).into()),
             ("rsplit", Some(by)) if !by.is_empty() => {
                 let limit = args.get(1).and_then(Value::as_usize).map_or(usize::MAX, |n| n.saturating_add(1));
                 let mut parts: Vec<&str> = this.rsplitn(limit, by).collect();
                 parts.reverse();
-                return Ok(list(parts));
+                return Ok(parts.into_iter().map(Value::from).collect());
             }
             _ => {}
         }
@@ -57,8 +65,70 @@ fn made_by(method: &str, this: &str, args: &[Value]) -> u64 {
     u64::try_from(bytes).unwrap_or(u64::MAX)
 }
 
-fn list<'a>(parts: impl IntoIterator<Item = &'a str>) -> Value {
-    parts.into_iter().map(Value::from).collect()
+/// Python's `str.title`: a letter is a capital unless it follows a letter.
+fn title(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut inside = false;
+    for c in text.chars() {
+        if inside {
+            out.extend(c.to_lowercase());
+        } else {
+            out.extend(c.to_uppercase());
+        }
+        inside = c.is_alphabetic();
+    }
+    out
+}
+
+/// Jinja's test `iterable`: what Python can loop over, so not none.
+pub(super) fn is_iterable(value: &Value) -> bool {
+    matches!(
+        value.kind(),
+        ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable | ValueKind::Undefined
+    )
+}
+
+/// Jinja's test `sequence`: what has a length and items, so texts and dictionaries too.
+pub(super) fn is_sequence(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Undefined)
+}
+
+/// Jinja's test `callable`.
+pub(super) fn is_callable(value: &Value) -> bool {
+    value.kind() == ValueKind::Plain
+}
+
+/// Jinja's filter `int`: what is no number becomes the default, 0.
+pub(super) fn int(value: &Value, default: Option<Value>) -> Value {
+    let number = match value.kind() {
+        ValueKind::Number if value.is_integer() => return value.clone(),
+        ValueKind::Bool => Some(f64::from(u8::from(value.is_true()))),
+        ValueKind::Number => f64::try_from(value.clone()).ok(),
+        ValueKind::String => {
+            let text = value.as_str().unwrap_or_default().trim();
+            if let Ok(number) = text.parse::<i64>() {
+                return number.into();
+            }
+            text.parse().ok()
+        }
+        _ => None,
+    };
+    match number {
+        // Whole numbers up to 2⁵³ are exact; larger ones do not occur in templates.
+        Some(number) if number.abs() <= 9_007_199_254_740_992.0 => Value::from(number.trunc() as i64),
+        _ => default.unwrap_or_else(|| Value::from(0)),
+    }
+}
+
+/// Jinja's filter `float`: what is no number becomes the default, 0.0.
+pub(super) fn float(value: &Value, default: Option<Value>) -> Value {
+    let number = match value.kind() {
+        ValueKind::Bool => Some(f64::from(u8::from(value.is_true()))),
+        ValueKind::Number => f64::try_from(value.clone()).ok(),
+        ValueKind::String => value.as_str().unwrap_or_default().trim().parse().ok(),
+        _ => None,
+    };
+    number.map_or_else(|| default.unwrap_or_else(|| Value::from(0.0)), Value::from)
 }
 
 /// transformers' `tojson`: Python's `json.dumps` with `ensure_ascii=False`, and without escapes for HTML.

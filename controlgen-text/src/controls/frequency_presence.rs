@@ -9,7 +9,7 @@ use tch::Tensor;
 use super::{check, scores};
 
 /// Lowers the scores of generated tokens, by their count and for having occurred at all:
-/// x − frequency · count − presence · [count > 0].
+/// x − frequency · count − presence, the last where the count is not 0.
 ///
 /// OpenAI's API reference, "Frequency and presence penalties". The prompt does not count. Negative penalties
 /// encourage.

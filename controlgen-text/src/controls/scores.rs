@@ -55,12 +55,19 @@ pub(super) fn add_to_cells(logits: &Tensor, cells: &[i64], values: &[f32]) -> Re
     Ok(())
 }
 
+/// LibTorch hands smaller tensors to one thread; waking the others takes longer than a pass over a row.
+const ONE_THREAD: i64 = 1 << 14;
+
 /// Bans what lies below its row's cut; a cut that is NaN bans nothing.
 pub(super) fn ban_below(logits: &mut Tensor, cuts: &[f32]) -> Result<()> {
     if logits.device() == Device::Cpu {
-        // One pass over the row, where a mask takes two and a buffer. It keeps what is greater, hence the next lower.
+        // One pass over the row, where a mask takes two and a buffer.
         for (i, cut) in numbered(cuts) {
-            let _ = logits.f_select(0, i)?.f_threshold_(f64::from(cut.next_down()), f64::NEG_INFINITY)?;
+            // What is greater is kept, hence the next lower number.
+            let cut = f64::from(cut.next_down());
+            for mut part in logits.f_get(i)?.f_split(ONE_THREAD, 0)? {
+                let _ = part.f_threshold_(cut, f64::NEG_INFINITY)?;
+            }
         }
     } else {
         let cuts = Tensor::f_from_slice(cuts)?.f_to_device(logits.device())?;

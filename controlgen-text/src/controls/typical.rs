@@ -3,8 +3,9 @@
 use controlgen_core::Result;
 use tch::Tensor;
 
+use super::check;
 use super::entropy::negative_entropy;
-use super::{check, mass};
+use super::mass::{self, Order, Ties, Wanted};
 
 /// Keeps the tokens whose information is nearest to the entropy: the fewest, taken in order of rising
 /// |−log p(x) − H|, whose mass reaches τ. Meister, Pimentel, Wiher and Cotterell, "Locally Typical Sampling"
@@ -12,8 +13,8 @@ use super::{check, mass};
 ///
 /// The most probable token may go: it says too little. All tokens tied with the last one needed are kept.
 ///
-/// *Cost*: a softmax, about six passes over `[B, V]` and a selection of 512 among V in each row; rows whose set is
-/// larger are sorted.
+/// *Cost*: on the CPU a softmax and about ten passes over `[B, V]`, and only the tokens near the cut are sorted; on a
+/// GPU the whole rows are, and nothing is fetched.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Typical {
     mass: f64,
@@ -38,18 +39,15 @@ impl Typical {
         Ok(Self { keep: check::count("min_tokens_to_keep", n)?, ..self })
     }
 
-    fn shape(&self, mut logits: Tensor) -> Result<Tensor> {
+    fn shape(&self, logits: Tensor) -> Result<Tensor> {
         let (log_probs, probs, negative) = negative_entropy(&logits)?;
         // −|−log p − H|, greatest for the most typical; the log-probabilities are not needed after this.
         let mut keys = log_probs;
         let _ = keys.f_sub_(&negative)?;
         let _ = keys.f_abs_()?;
         let _ = keys.f_neg_()?;
-        let sets = mass::smallest_sets(&keys, &probs, self.mass, self.keep, mass::Ties::All)?;
-        let cuts: Vec<f32> = sets.iter().map(|set| set.cut).collect();
-        let cuts = Tensor::f_from_slice(&cuts)?.f_unsqueeze(1)?.f_to_device(logits.device())?;
-        let _ = logits.f_masked_fill_(&keys.f_lt_tensor(&cuts)?, f64::NEG_INFINITY)?;
-        Ok(logits)
+        let wanted = Wanted { mass: self.mass, count: self.keep, ties: Ties::All };
+        mass::restrict(logits, Order::Keys(&keys), &probs, wanted)
     }
 }
 

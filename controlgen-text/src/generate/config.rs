@@ -114,6 +114,10 @@ impl GenerationConfig {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let text = std::fs::read_to_string(path).map_err(|error| Error::io(path, error))?;
+        // A list would be taken for the values of the fields in their order.
+        if !text.trim_start().starts_with('{') {
+            return Err(Error::format(path, "expected a JSON object"));
+        }
         serde_json::from_str(&text).map_err(|error| Error::format(path, error))
     }
 

@@ -284,7 +284,7 @@ impl<'a> Generate<'a> {
             self.max_new_tokens = max_length - longest;
         }
         let stop = StopStrings::new(&self.stop)?;
-        let texts = (0..prompts.len() * self.n)
+        let texts = (0..search::completions(prompts.len(), self.n)?)
             .map(|_| Text {
                 stream: TextStream::new(tokenizer, true),
                 stop: stop.clone(),
@@ -292,6 +292,7 @@ impl<'a> Generate<'a> {
             })
             .collect();
         let mut listener = Texts {
+            tokenizer,
             texts,
             n: self.n,
             on_text: self.on_text,
@@ -391,6 +392,7 @@ struct Text {
 
 /// Turns tokens into text while a search runs.
 struct Texts<'a> {
+    tokenizer: &'a Tokenizer,
     texts: Vec<Text>,
     n: usize,
     on_text: Option<OnText<'a>>,
@@ -439,7 +441,11 @@ impl Listener for Texts<'_> {
         self.prefilled.get_or_insert_with(Instant::now);
         let i = chosen.so_far.prompt * self.n + chosen.so_far.sample;
         let text = &mut self.texts[i];
-        let decoded = text.stream.push(chosen.token)?;
+        // A model whose vocabulary was padded has ids that are no token's: they have no text, as in transformers.
+        let decoded = match self.tokenizer.id_to_token(chosen.token) {
+            Some(_) => text.stream.push(chosen.token)?,
+            None => String::new(),
+        };
         let piece = text.stop.push(&decoded);
         let hit = text.stop.hit().is_some();
         self.emit(i, &piece);

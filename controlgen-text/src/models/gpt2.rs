@@ -119,7 +119,7 @@ impl Gpt2 {
         let mut h = Vec::new();
         for i in 0..c.n_layer {
             let name = format!("transformer.h.{i}");
-            let w = root.scope(&format!("h.{i}"));
+            let w = root.scope(format!("h.{i}"));
             let norm = |name: &str| -> Result<LayerNorm> {
                 let weight = w.get(&format!("{name}.weight"), &[d])?;
                 Ok(LayerNorm::new(weight, Some(w.get(&format!("{name}.bias"), &[d])?), c.layer_norm_epsilon))
@@ -166,13 +166,13 @@ impl Gpt2 {
             c.layer_norm_epsilon,
         );
         let ln_f_site = sites.add("transformer.ln_f", Dims::Hidden { width: d });
-        let head = if c.tie_word_embeddings {
-            wte.weight().shallow_clone()
+        let dims = Dims::Linear { inputs: d, outputs: c.vocab_size };
+        let head = [(sites.add("lm_head", dims), c.vocab_size)];
+        let lm_head = if c.tie_word_embeddings {
+            Linear::tied(wte.weight(), None, &head)?
         } else {
-            weights.get("lm_head.weight", &[c.vocab_size, d])?
+            Linear::new(weights.get("lm_head.weight", &[c.vocab_size, d])?, None, &head)?
         };
-        let head_site = sites.add("lm_head", Dims::Linear { inputs: d, outputs: c.vocab_size });
-        let lm_head = Linear::new(head, None, &[(head_site, c.vocab_size)])?;
         let (bos, eos, pad) = special_tokens(config, c.vocab_size)?;
         let spec = LmSpec {
             architecture: "gpt2".into(),
@@ -208,9 +208,9 @@ impl Gpt2 {
         let wte = self.wte.map_weights(f)?;
         let h = self.h.iter().map(|block| block.map(f)).collect::<Result<_>>()?;
         // A tied output follows the table.
-        let tied = self.lm_head.weight().data_ptr() == self.wte.weight().data_ptr();
-        let lm_head = if tied && wte.weight().data_ptr() != self.wte.weight().data_ptr() {
-            self.lm_head.with_weight(wte.weight().shallow_clone())?.map_weights(f)?
+        let retied = wte.weight().data_ptr() != self.wte.weight().data_ptr();
+        let lm_head = if self.config.tie_word_embeddings && retied {
+            self.lm_head.retied(wte.weight())?.map_weights(f)?
         } else {
             self.lm_head.map_weights(f)?
         };
@@ -283,13 +283,13 @@ impl LanguageModel for Gpt2 {
 
     fn start(&self, source: Source<'_>, _pass: &Pass<'_>) -> Result<State> {
         let rows = decoder_only(source)?;
-        Ok(State::new(KvCache::new(self.h.len(), rows, self.spec.context)))
+        Ok(State::new(KvCache::new(&self.sites, self.h.len(), rows, self.spec.context)))
     }
 
     fn forward(&self, input: LmInput<'_>, state: &mut State, pass: &Pass<'_>) -> Result<LmOutput> {
         pass.check(&self.sites)?;
         let (b, t) = input.validate(&self.spec)?;
-        let cache: &mut KvCache = state.downcast("the cache of a decoder")?;
+        let cache = KvCache::of(state, &self.sites)?;
         let placed = cache.place(&input, (b, t), pass.position_offset(), self.spec.placement)?;
         let (d, h) = (self.config.n_embd, self.config.n_head);
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use controlgen_core::layers::{Rotary, Rotations};
-use controlgen_core::{Error, LmInput, Mask, Placement, Result, StateImpl};
+use controlgen_core::{Error, LmInput, Mask, Placement, Result, SiteMap, State, StateImpl};
 use tch::{Kind, Tensor};
 
 /// Keys and values of every layer, in buffers with room to grow.
@@ -11,6 +11,8 @@ use tch::{Kind, Tensor};
 /// Forks share the buffers until one of them writes (copy on write). When a graph is being recorded, buffers are
 /// replaced instead of written, since autograd refuses the write.
 pub struct KvCache {
+    /// The sites of the model that started it: what tells that model, and its handles, from others.
+    sites: Arc<SiteMap>,
     layers: Vec<Layer>,
     /// Positions held, padding included.
     len: i64,
@@ -64,9 +66,12 @@ impl Placed {
             Positions::Rows(positions) => {
                 let limit = table.size()[0];
                 let (low, high) = positions.f_aminmax(None, false)?;
-                if low.f_int64_value(&[])? < 0 || high.f_int64_value(&[])? >= limit {
-                    let needed = high.f_int64_value(&[])?.saturating_add(1);
-                    return Err(Error::Context { limit, needed });
+                let (low, high) = (low.f_int64_value(&[])?, high.f_int64_value(&[])?);
+                if low < 0 {
+                    return Err(Error::value("position", format!("0 .. {limit}"), low));
+                }
+                if high >= limit {
+                    return Err(Error::Context { limit, needed: high.saturating_add(1) });
                 }
                 Ok(Tensor::f_embedding(table, positions, -1, false, false)?)
             }
@@ -75,10 +80,26 @@ impl Placed {
 }
 
 impl KvCache {
-    /// An empty cache for `rows` rows.
-    pub fn new(layers: usize, rows: i64, context: i64) -> Self {
+    /// An empty cache for `rows` rows of the model with these sites.
+    pub fn new(sites: &Arc<SiteMap>, layers: usize, rows: i64, context: i64) -> Self {
         let layers = std::iter::repeat_with(|| Layer { k: None, v: None }).take(layers).collect();
-        Self { layers, len: 0, rows, keep: None, reserved: 0, context, owner: Arc::new(()) }
+        Self {
+            sites: Arc::clone(sites),
+            layers,
+            len: 0,
+            rows,
+            keep: None,
+            reserved: 0,
+            context,
+            owner: Arc::new(()),
+        }
+    }
+
+    /// The cache in a state that the model with these sites started.
+    pub fn of<'s>(state: &'s mut State, sites: &Arc<SiteMap>) -> Result<&'s mut Self> {
+        let expected = "one that this model started";
+        let cache: &mut Self = state.downcast(expected)?;
+        if Arc::ptr_eq(&cache.sites, sites) { Ok(cache) } else { Err(Error::ForeignState { expected }) }
     }
 
     /// Places the new tokens `[B, T]` of `input` after those held; `offset` positions stand before all of them.
@@ -203,8 +224,8 @@ fn write(buffer: &mut Option<Tensor>, new: &Tensor, len: i64, room: i64) -> Resu
         return Err(Error::shape("keys and values", "[B, heads, T, head_dim]", &new.size()));
     };
     let needed = len + added;
-    let grown = match buffer.take() {
-        Some(held) if held.size()[2] >= needed => held,
+    let grown = match &*buffer {
+        Some(held) if held.size()[2] >= needed => held.shallow_clone(),
         held => {
             let grown = Tensor::f_empty([rows, heads, room, width], (new.f_kind()?, new.device()))?;
             if let Some(held) = held {
@@ -215,6 +236,7 @@ fn write(buffer: &mut Option<Tensor>, new: &Tensor, len: i64, room: i64) -> Resu
     };
     grown.f_narrow(2, len, added)?.f_copy_(new)?;
     let all = grown.f_narrow(2, 0, needed)?;
+    // Only now: what is held stays whole if there was no memory for more.
     *buffer = Some(grown);
     Ok(all)
 }
@@ -223,6 +245,7 @@ impl StateImpl for KvCache {
     fn fork(&self) -> Result<Box<dyn StateImpl>> {
         let same = |t: &Option<Tensor>| t.as_ref().map(Tensor::shallow_clone);
         Ok(Box::new(Self {
+            sites: Arc::clone(&self.sites),
             layers: self.layers.iter().map(|l| Layer { k: same(&l.k), v: same(&l.v) }).collect(),
             keep: same(&self.keep),
             owner: Arc::clone(&self.owner),
@@ -233,6 +256,8 @@ impl StateImpl for KvCache {
     fn reorder(&mut self, rows: &[i64]) -> Result<()> {
         let count = i64::try_from(rows.len()).unwrap_or(i64::MAX);
         let len = self.len;
+        // No rows until all is done: without memory for it, the layers would disagree.
+        self.rows = 0;
         for layer in &mut self.layers {
             for buffer in [&mut layer.k, &mut layer.v].into_iter().flatten() {
                 let index = Tensor::f_from_slice(rows)?.f_to_device(buffer.device())?;

@@ -255,13 +255,13 @@ impl Llama {
         }
         let norm = RmsNorm::new(weights.get("model.norm.weight", &[d])?, c.rms_norm_eps);
         let norm_site = sites.add("model.norm", Dims::Hidden { width: d });
-        let head = if c.tie_word_embeddings {
-            embed_tokens.weight().shallow_clone()
+        let dims = Dims::Linear { inputs: d, outputs: c.vocab_size };
+        let head = [(sites.add("lm_head", dims), c.vocab_size)];
+        let lm_head = if c.tie_word_embeddings {
+            Linear::tied(embed_tokens.weight(), None, &head)?
         } else {
-            weights.get("lm_head.weight", &[c.vocab_size, d])?
+            Linear::new(weights.get("lm_head.weight", &[c.vocab_size, d])?, None, &head)?
         };
-        let head_site = sites.add("lm_head", linear(d, c.vocab_size));
-        let lm_head = Linear::new(head, None, &[(head_site, c.vocab_size)])?;
         let rotary = Rotary::new(hd, c.rope_theta, c.rope_scaling, placement)?;
         let (bos, eos, pad) = special_tokens(special, c.vocab_size)?;
         let spec = LmSpec {
@@ -296,9 +296,9 @@ impl Llama {
         let embed_tokens = self.embed_tokens.map_weights(f)?;
         let layers = self.layers.iter().map(|block| block.map(f)).collect::<Result<_>>()?;
         // A tied output follows the table.
-        let tied = self.lm_head.weight().data_ptr() == self.embed_tokens.weight().data_ptr();
-        let lm_head = if tied && embed_tokens.weight().data_ptr() != self.embed_tokens.weight().data_ptr() {
-            self.lm_head.with_weight(embed_tokens.weight().shallow_clone())?.map_weights(f)?
+        let retied = embed_tokens.weight().data_ptr() != self.embed_tokens.weight().data_ptr();
+        let lm_head = if self.config.tie_word_embeddings && retied {
+            self.lm_head.retied(embed_tokens.weight())?.map_weights(f)?
         } else {
             self.lm_head.map_weights(f)?
         };
@@ -360,13 +360,13 @@ impl LanguageModel for Llama {
 
     fn start(&self, source: Source<'_>, _pass: &Pass<'_>) -> Result<State> {
         let rows = decoder_only(source)?;
-        Ok(State::new(KvCache::new(self.layers.len(), rows, self.spec.context)))
+        Ok(State::new(KvCache::new(&self.sites, self.layers.len(), rows, self.spec.context)))
     }
 
     fn forward(&self, input: LmInput<'_>, state: &mut State, pass: &Pass<'_>) -> Result<LmOutput> {
         pass.check(&self.sites)?;
         let (b, t) = input.validate(&self.spec)?;
-        let cache: &mut KvCache = state.downcast("the cache of a decoder")?;
+        let cache = KvCache::of(state, &self.sites)?;
         let placed = cache.place(&input, (b, t), pass.position_offset(), self.spec.placement)?;
         let rotations = placed.rotations(&self.rotary)?;
         let (h, hk, hd) =

@@ -35,9 +35,7 @@ impl Task<'_> {
         if self.prompts.is_empty() {
             return Err(Error::value("prompts", "at least one", 0));
         }
-        if self.n == 0 {
-            return Err(Error::value("n, completions of each prompt", "at least 1", 0));
-        }
+        completions(self.prompts.len(), self.n)?;
         for (i, prompt) in self.prompts.iter().enumerate() {
             if prompt.is_empty() {
                 return Err(Error::value(format!("prompt {i}"), "at least one token", "none"));
@@ -57,6 +55,21 @@ impl Task<'_> {
         }
         Ok(())
     }
+}
+
+/// How many completions `n` of each prompt make: a number that memory can hold.
+pub(crate) fn completions(prompts: usize, n: usize) -> Result<usize> {
+    const MOST: usize = 1 << 20;
+    if n == 0 {
+        return Err(Error::value("n, completions of each prompt", "at least 1", 0));
+    }
+    prompts.checked_mul(n).filter(|&all| all <= MOST).ok_or_else(|| {
+        Error::value(
+            "n, completions of each prompt",
+            format!("at most {MOST} of {prompts} prompts in all"),
+            n,
+        )
+    })
 }
 
 /// Why a completion ended.
@@ -161,7 +174,7 @@ pub fn prefill(
         if ragged { Some(Tensor::f_from_slice(&keep)?.f_view(shape)?.f_to_device(device)?) } else { None };
 
     let mut state = lm.start(Source::Rows(rows), pass)?;
-    state.reserve(i64::try_from(longest + room).unwrap_or(i64::MAX))?;
+    state.reserve(i64::try_from(longest.saturating_add(room)).unwrap_or(i64::MAX))?;
     let output = lm.forward(LmInput::ids(&ids).keep(keep.as_ref()).last(), &mut state, pass)?;
     Ok((state, next_logits(&output.logits)?))
 }

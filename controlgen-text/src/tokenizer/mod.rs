@@ -115,7 +115,7 @@ impl Tokenizer {
         let bos = id("bos_token").or(side.bos_id);
         let pad = id("pad_token").or(side.pad_id);
         let eos = side.eos_ids.clone().unwrap_or_else(|| id("eos_token").into_iter().collect());
-        let size = backend.get_vocab(true).into_values().max().map_or(0, |last| i64::from(last) + 1);
+        let size = size(&backend);
         let decoder = serde_json::to_value(backend.get_decoder())
             .map_err(|source| Error::value("tokenizer decoder", "one that is written as JSON", source))?;
         let decoding = Decoding::of(&decoder);
@@ -129,6 +129,9 @@ impl Tokenizer {
     }
 
     /// The token ids of `text`.
+    ///
+    /// A byte-level vocabulary that lacks some bytes (SmolLM2's lacks 21 control and invalid ones) drops characters
+    /// that need them, as in transformers.
     ///
     /// # Errors
     /// [`Error::Value`] for text that the vocabulary cannot spell (only vocabularies without bytes and without an
@@ -261,6 +264,16 @@ impl Tokenizer {
     fn decode_opaque(&self, ids: &[u32]) -> Result<String> {
         guarded(|| self.shared.backend.decode(ids, false)).map_err(undecoded)
     }
+}
+
+/// One more than the highest id.
+fn size(backend: &tokenizers::Tokenizer) -> i64 {
+    let count = u32::try_from(backend.get_vocab_size(true)).unwrap_or(u32::MAX);
+    if (0..count).all(|id| backend.id_to_token(id).is_some()) {
+        return i64::from(count);
+    }
+    // Ids with gaps: copies the vocabulary, which takes longer.
+    backend.get_vocab(true).into_values().max().map_or(0, |last| i64::from(last) + 1)
 }
 
 /// Runs a part of the `tokenizers` crate, which panics where a tokenizer.json contradicts itself: on a merge longer

@@ -142,6 +142,11 @@ impl Joiner {
         Some(Self { decoding, pending: Vec::new(), strip, first: true })
     }
 
+    /// From now on, tokens are not the first of their text.
+    pub(crate) fn inside(&mut self) {
+        (self.strip, self.first) = (0, false);
+    }
+
     /// Appends to `out` the text that `token` completes.
     pub(crate) fn push(&mut self, token: &str, out: &mut String) {
         match self.decoding {

@@ -33,6 +33,23 @@ impl TextStream {
         Self { tokenizer: tokenizer.handle(), skip_special, state: State::new(tokenizer) }
     }
 
+    /// A stream that continues a text, whose ids `prompt` are: the space that SentencePiece drops at the beginning
+    /// of a text then stays, and a character that the prompt left open is completed.
+    ///
+    /// # Errors
+    /// [`Error::Value`](controlgen_core::Error::Value) for an id that no token has, among the last few.
+    pub fn after(tokenizer: &Tokenizer, prompt: &[i64], skip_special: bool) -> Result<Self> {
+        let mut stream = Self::new(tokenizer, skip_special);
+        if let (State::Joined(joiner), false) = (&mut stream.state, prompt.is_empty()) {
+            joiner.inside();
+        }
+        // A character has four bytes at most.
+        for &id in &prompt[prompt.len().saturating_sub(PATIENCE)..] {
+            stream.push(id)?;
+        }
+        Ok(stream)
+    }
+
     /// The text that `id` completes; it may be empty.
     ///
     /// # Errors

@@ -1,5 +1,7 @@
 //! Controls that follow the history: against a search of it, and with rows that move.
 
+use std::slice::from_ref;
+
 use controlgen_core::{Rows, TokenControl, TokenControls};
 use controlgen_text::controls::*;
 use proptest::prelude::*;
@@ -190,7 +192,7 @@ proptest! {
             .with(TopP::new(0.9).unwrap());
         let (found, histories) = play(&stack, &prompts, &acts);
         for (row, (prompt, generated)) in found.iter().zip(&histories) {
-            let alone = after(&stack, &[prompt.clone()], &[generated.clone()], &flat().narrow(0, 0, 1)).unwrap();
+            let alone = after(&stack, from_ref(prompt), from_ref(generated), &flat().narrow(0, 0, 1)).unwrap();
             super::assert_near("recomputed", row, &rows(&alone)[0], 1e-5);
         }
     }

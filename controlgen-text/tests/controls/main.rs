@@ -1,5 +1,7 @@
 //! Controls over the next token: against transformers, against their definitions, and at their edges.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // helpers are not seen to be tests
+
 mod bad_input;
 mod definitions;
 mod fixtures;

@@ -4,36 +4,18 @@
 //! is agreed upon outside the file. Two models are read: `gpt2` (byte-level BPE) and `llama` (SentencePiece BPE with
 //! byte fallback).
 
-use std::collections::{HashMap, HashSet};
+mod parts;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use controlgen_core::gguf::{Gguf, Metadata};
 use controlgen_core::{Error, Result};
-use serde_json::{Value, json};
 use tokenizers::AddedToken;
 use tokenizers::models::bpe::BPE;
 
 use super::Tokenizer;
 use super::files::Side;
-
-/// GPT-2's split of text into words, which the `ByteLevel` pre-tokenizer has built in.
-const GPT2: &[&str] = &["gpt-2", "gpt2", "default"];
-/// As GPT-2, but every digit is a word of its own, split off first: " 12" is `Ġ`, `1`, `2`, and a run of spaces
-/// before a digit stays whole. The models' own tokenizer.json say so, and llama.cpp does so; transformers 5.23
-/// reads their GGUF files with GPT-2's split.
-const DIGITS: &[&str] = &["smollm", "starcoder", "refact", "command-r"];
-const LLAMA3: &[&str] = &["llama-bpe", "llama3", "llama-v3"];
-const QWEN2: &[&str] = &["qwen2", "deepseek-r1-qwen"];
-
-/// Llama 3: numbers in groups of three.
-const LLAMA3_SPLIT: &str = concat!(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-);
-/// Qwen 2 and 3: digits one by one.
-const QWEN2_SPLIT: &str = concat!(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-);
+use parts::{LLAMA3, Parts};
 
 /// The longest ordinary token of a SentencePiece vocabulary, in bytes: finding its merges costs the square of it.
 const LONGEST_PIECE: usize = 1024;
@@ -133,8 +115,8 @@ impl<'a> Vocabulary<'a> {
     fn build(mut self) -> Result<Tokenizer> {
         let ids = self.ids()?;
         let parts = match self.model {
-            "gpt2" => self.byte_level()?,
-            _ => self.sentencepiece(),
+            "gpt2" => Parts::byte_level(self.pre, &self.file)?,
+            _ => Parts::sentencepiece(self.add_space),
         };
         let merges = match self.model {
             "gpt2" => self.stated_merges(&ids)?,
@@ -184,7 +166,7 @@ impl<'a> Vocabulary<'a> {
     }
 
     /// Tokens which are found in a text before it is split: control tokens, which are special, and user-defined ones.
-    fn added(&self) -> std::collections::BTreeMap<u32, AddedToken> {
+    fn added(&self) -> BTreeMap<u32, AddedToken> {
         let tokens = (0u32..).zip(self.tokens.iter().zip(&self.kinds));
         tokens
             .filter(|(_, (token, _))| !token.is_empty())
@@ -194,50 +176,6 @@ impl<'a> Vocabulary<'a> {
                 Kind::Normal | Kind::Unused | Kind::Byte => None,
             })
             .collect()
-    }
-
-    fn byte_level(&self) -> Result<Parts> {
-        let byte_level = |gpt2_split: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": gpt2_split});
-        let after = |first: Value, gpt2_split| json!({"type": "Sequence", "pretokenizers": [first, byte_level(gpt2_split)]});
-        let split = |regex: &str| {
-            let split = json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
-            after(split, false)
-        };
-        let pre_tokenizer = match self.pre {
-            pre if GPT2.contains(&pre) => byte_level(true),
-            pre if DIGITS.contains(&pre) => after(json!({"type": "Digits", "individual_digits": true}), true),
-            pre if LLAMA3.contains(&pre) => split(LLAMA3_SPLIT),
-            pre if QWEN2.contains(&pre) => split(QWEN2_SPLIT),
-            other => {
-                let what = format!("{}: the GGUF pre-tokenizer `{other}`", self.file);
-                return Err(Error::unsupported(what, [GPT2, DIGITS, LLAMA3, QWEN2].concat().join(", ")));
-            }
-        };
-        let normalizer = if QWEN2.contains(&self.pre) { json!({"type": "NFC"}) } else { Value::Null };
-        let ignore_merges = LLAMA3.contains(&self.pre);
-        Ok(Parts { normalizer, pre_tokenizer, decoder: byte_level(true), ignore_merges })
-    }
-
-    /// SentencePiece's own order: a `▁` in front of every text (and of what follows a special token), then every
-    /// space as `▁`, and no split into words.
-    fn sentencepiece(&self) -> Parts {
-        let spaces = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
-        let prepend = json!({"type": "Prepend", "prepend": "▁"});
-        let normalizers = if self.add_space { vec![prepend, spaces] } else { vec![spaces] };
-        let mut decoders = vec![
-            json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
-            json!({"type": "ByteFallback"}),
-            json!({"type": "Fuse"}),
-        ];
-        if self.add_space {
-            decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
-        }
-        Parts {
-            normalizer: json!({"type": "Sequence", "normalizers": normalizers}),
-            pre_tokenizer: Value::Null,
-            decoder: json!({"type": "Sequence", "decoders": decoders}),
-            ignore_merges: false,
-        }
     }
 
     /// The merges as stated; each must join two tokens into a third.
@@ -284,14 +222,6 @@ impl<'a> Vocabulary<'a> {
         merges.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
         Ok(merges.into_iter().map(|(.., left, right)| (left.to_owned(), right.to_owned())).collect())
     }
-}
-
-/// What stands around the model, as in a tokenizer.json.
-struct Parts {
-    normalizer: Value,
-    pre_tokenizer: Value,
-    decoder: Value,
-    ignore_merges: bool,
 }
 
 impl Kind {

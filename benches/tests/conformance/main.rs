@@ -1,0 +1,11 @@
+//! The binary `conformance` as its users meet it: against transformers' figures on the fixtures of controlgen-text
+//! (`benches/reference/text_fixtures.py`), and against what nobody should give it.
+//!
+//! Files are written and read with the `safetensors` crate, not with our own reader and writer.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod forward;
+mod generate;
+mod refusals;
+mod support;
