@@ -118,6 +118,7 @@ impl<'a> LmInput<'a> {
                     let expected = format!("[{batch}, {len}, {}]", spec.width);
                     return Err(Error::shape("embeddings", expected, &embeds.size()));
                 }
+                expect_kind("embeddings", embeds, spec.placement.kind)?;
                 (batch, len)
             }
         };

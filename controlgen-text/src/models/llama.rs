@@ -94,7 +94,12 @@ impl LlamaConfig {
                 ));
             }
         }
-        let bias = config.bool("attention_bias", model_type == "qwen2")?;
+        // Qwen2 always has biases on queries, keys and values, Mistral never; neither has a field for it.
+        let bias = match model_type {
+            "qwen2" => true,
+            "mistral" => false,
+            _ => config.bool("attention_bias", false)?,
+        };
         Ok(Self {
             vocab_size: config.int("vocab_size", 1, limits::VOCAB)?,
             hidden_size,
