@@ -1,6 +1,7 @@
 //! Language models against transformers' logits, on small random models of every kind we load.
 //!
 //! The fixtures are made by `benches/reference/text_fixtures.py`.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::path::PathBuf;
 
