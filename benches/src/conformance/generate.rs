@@ -1,15 +1,15 @@
-//! Completing a prompt: one JSON line.
+//! Completing a prompt: one JSON line, or as many as `--repeat` asks for, to measure a process that is warm.
 
 use std::io::Write;
 
 use controlgen_core::{Error, Result};
-use controlgen_text::{GenerationConfig, TextModel};
+use controlgen_text::{Generation, GenerationConfig, TextModel};
 use serde_json::json;
 
 use super::arguments::Arguments;
 
 pub fn run(arguments: &[String]) -> Result<()> {
-    let known = ["prompt", "input-ids", "config", "seed", "dtype", "device"];
+    let known = ["prompt", "input-ids", "config", "seed", "repeat", "dtype", "device"];
     let arguments = Arguments::parse(arguments, &known)?;
     let [path] = arguments.paths(["MODEL_DIR"])?;
     let config = match arguments.get("config") {
@@ -20,18 +20,24 @@ pub fn run(arguments: &[String]) -> Result<()> {
     let ids = arguments.all("input-ids").map(parse_ids).collect::<Result<Vec<_>>>()?;
     let seed = arguments.number("seed", 0)?;
     let model = TextModel::open(&path, arguments.placement()?)?;
-    let generate = match (texts.is_empty(), ids.is_empty()) {
-        (false, true) => model.generate_batch(texts),
-        (true, false) => model.generate_ids(ids),
-        (texts, _) => {
-            let found = if texts { "neither" } else { "both" };
-            return Err(Error::value("prompt", "--prompt or --input-ids", found));
-        }
-    };
-    // A seed means nothing to greedy search, and does not make it draw.
-    let generate = if config.do_sample { generate.sample(seed) } else { generate };
-    let done = generate.config(&config).run()?;
+    if texts.is_empty() == ids.is_empty() {
+        let found = if texts.is_empty() { "neither" } else { "both" };
+        return Err(Error::value("prompt", "--prompt or --input-ids", found));
+    }
+    for _ in 0..arguments.number("repeat", 1)? {
+        let generate = if ids.is_empty() {
+            model.generate_batch(texts.iter().copied())
+        } else {
+            model.generate_ids(ids.iter().cloned())
+        };
+        // A seed means nothing to greedy search, and does not make it draw.
+        let generate = if config.do_sample { generate.sample(seed) } else { generate };
+        print(&generate.config(&config).run()?)?;
+    }
+    Ok(())
+}
 
+fn print(done: &Generation) -> Result<()> {
     let sequences: Vec<_> = done
         .completions
         .iter()

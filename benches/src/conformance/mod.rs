@@ -12,7 +12,7 @@ conformance forward MODEL_DIR INPUTS.safetensors OUTPUTS.safetensors [--dtype f3
     Runs the model of MODEL_DIR/config.json once. Input tensors carry the names of the Hugging Face forward
     arguments (input_ids, inputs_embeds, attention_mask, position_ids), outputs those of the output fields (logits).
 conformance generate MODEL_DIR --prompt TEXT | --input-ids 1,2,3 [--config generation.json] [--seed S] \
-[--dtype f32|f16|bf16|f64] [--device cpu|cuda:0]
+[--repeat R] [--dtype f32|f16|bf16|f64] [--device cpu|cuda:0]
     Completes a prompt; one JSON line on stdout. MODEL_DIR may be a GGUF file. --prompt and --input-ids may be given
     several times: one batch.";
 
