@@ -42,7 +42,8 @@ fn a_text_longer_than_the_window_is_scored_whole() {
 #[test]
 fn what_cannot_be_scored_is_refused() {
     let (lm, pass) = (lm(), Pass::default());
-    let completions = |prompt: &[i64], given: &[Vec<i64>]| score_completions(&lm, prompt, given, &pass).unwrap_err();
+    let completions =
+        |prompt: &[i64], given: &[Vec<i64>]| score_completions(&lm, prompt, given, &pass).unwrap_err();
     assert!(matches!(completions(&[], &[vec![1]]), Error::Value { .. }));
     assert!(matches!(completions(&[0], &[]), Error::Value { .. }));
     assert!(matches!(completions(&[0], &[vec![1], vec![]]), Error::Value { .. }));

@@ -15,7 +15,8 @@ use serde_json::Value;
 fn tokenizer() -> &'static Tokenizer {
     static TOKENIZER: OnceLock<Tokenizer> = OnceLock::new();
     TOKENIZER.get_or_init(|| {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.controlgen/models/smollm2-135m-instruct");
+        let folder =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../.controlgen/models/smollm2-135m-instruct");
         let path: PathBuf = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
         assert!(path.exists(), "{} is not there: run `cargo xtask setup`", path.display());
         Tokenizer::from_gguf(&Gguf::open(path).unwrap()).unwrap()
