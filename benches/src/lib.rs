@@ -1,6 +1,8 @@
 //! Support for the benchmark suites, the conformance tool and the demo of controlgen (not published).
 
 pub mod conformance;
+pub mod decode;
+pub mod models;
 
 use std::process::ExitCode;
 
