@@ -51,10 +51,10 @@ fn ratios(decoding: &mut Decoding<'_>, controls: Option<&Controls>, fours: usize
         Ok(begin.elapsed().as_secs_f64())
     };
     let mut four = |i: usize| {
-        let (outer, inner) = if i % 2 == 0 { (None, controls) } else { (controls, None) };
+        let (outer, inner) = if i.is_multiple_of(2) { (None, controls) } else { (controls, None) };
         let (a, b, c, d) = (timed(outer)?, timed(inner)?, timed(inner)?, timed(outer)?);
         let ratio = (b + c) / (a + d);
-        Ok(if i % 2 == 0 { ratio } else { ratio.recip() })
+        Ok(if i.is_multiple_of(2) { ratio } else { ratio.recip() })
     };
     for i in 0..10 {
         four(i)?;
