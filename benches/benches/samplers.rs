@@ -2,6 +2,7 @@
 
 use std::hint::black_box;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use controlgen_core::testing::bench::bench_control;
 use controlgen_core::{Result, TokenControl, TokenControls};
@@ -77,7 +78,10 @@ fn choices(c: &mut Criterion) -> Result<()> {
 }
 
 fn run() -> Result<()> {
-    let mut c = Criterion::default().configure_from_args();
+    // Over a hundred benchmarks of microseconds.
+    let (warm_up, measurement) = (Duration::from_millis(500), Duration::from_secs(1));
+    let mut c =
+        Criterion::default().warm_up_time(warm_up).measurement_time(measurement).configure_from_args();
     controls(&mut c)?;
     choices(&mut c)?;
     c.final_summary();
