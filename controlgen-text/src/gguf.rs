@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use controlgen_core::checkpoint::{TensorInfo, TensorSource, save};
-use controlgen_core::gguf::{FromValue, Gguf};
+use controlgen_core::checkpoint::{TensorInfo, TensorSource, replace, save};
+use controlgen_core::gguf::Gguf;
 use controlgen_core::{Error, Placement, Result};
 use serde_json::{Map, Value, json};
 use tch::{Kind, Tensor};
@@ -75,9 +75,7 @@ pub fn write_directory(path: impl AsRef<Path>, directory: impl AsRef<Path>, kind
 
 fn write_json(path: &Path, value: &Value) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(|error| Error::format(path, error))?;
-    let temporary = path.with_extension("json.tmp");
-    fs::write(&temporary, text + "\n").map_err(|error| Error::io(&temporary, error))?;
-    fs::rename(&temporary, path).map_err(|error| Error::io(path, error))
+    replace(path, (text + "\n").as_bytes())
 }
 
 /// The fields of config.json that the metadata stand for.
@@ -89,9 +87,6 @@ fn config(file: &Gguf) -> Result<Map<String, Value>> {
         return Err(Error::unsupported(what, ARCHITECTURES.join(", ")));
     }
     let key = |name: &str| format!("{architecture}.{name}");
-    fn optional<'a, T: FromValue<'a>>(file: &'a Gguf, key: &str) -> Result<Option<T>> {
-        file.metadata().optional(key)
-    }
     let heads = metadata.u32(&key("attention.head_count"))?;
     let width = metadata.u32(&key("embedding_length"))?;
     let mut fields = Map::new();
@@ -106,18 +101,18 @@ fn config(file: &Gguf) -> Result<Map<String, Value>> {
     put("intermediate_size", json!(metadata.u32(&key("feed_forward_length"))?));
     put("max_position_embeddings", json!(metadata.u32(&key("context_length"))?));
     put("hidden_act", json!("silu"));
-    let kv_heads: Option<u32> = optional(file, &key("attention.head_count_kv"))?;
+    let kv_heads: Option<u32> = metadata.optional(&key("attention.head_count_kv"))?;
     put("num_key_value_heads", json!(kv_heads.unwrap_or(heads)));
     let epsilon = metadata.f32(&key("attention.layer_norm_rms_epsilon"))?;
     put("rms_norm_eps", json!(shortest(epsilon)));
-    let theta: Option<f32> = optional(file, &key("rope.freq_base"))?;
+    let theta: Option<f32> = metadata.optional(&key("rope.freq_base"))?;
     put("rope_theta", json!(shortest(theta.unwrap_or(10000.0))));
-    if let Some(head_dim) = optional::<u32>(file, &key("attention.key_length"))? {
+    if let Some(head_dim) = metadata.optional::<u32>(&key("attention.key_length"))? {
         put("head_dim", json!(head_dim));
-    } else if let Some(head_dim) = optional::<u32>(file, &key("rope.dimension_count"))? {
+    } else if let Some(head_dim) = metadata.optional::<u32>(&key("rope.dimension_count"))? {
         put("head_dim", json!(head_dim));
     }
-    match optional::<&str>(file, &key("rope.scaling.type"))?.unwrap_or("none") {
+    match metadata.optional::<&str>(&key("rope.scaling.type"))?.unwrap_or("none") {
         "none" => {}
         "linear" => {
             let factor = metadata.f32(&key("rope.scaling.factor"))?;
@@ -129,13 +124,13 @@ fn config(file: &Gguf) -> Result<Map<String, Value>> {
         let supported = "files without rope_freqs.weight; the Hugging Face directory of the same model";
         return Err(Error::unsupported("GGUF rotary frequency factors (Llama 3.1 and later)", supported));
     }
-    let vocab: Option<u32> = optional(file, &key("vocab_size"))?;
+    let vocab: Option<u32> = metadata.optional(&key("vocab_size"))?;
     let rows = file.info("token_embd.weight").and_then(|info| info.shape.first().copied());
     put("vocab_size", json!(rows.or(vocab.map(i64::from))));
     put("tie_word_embeddings", json!(file.info("output.weight").is_none()));
     put("attention_bias", json!(file.info("blk.0.attn_q.bias").is_some()));
     for (name, key) in [("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")] {
-        if let Some(id) = optional::<u32>(file, &format!("tokenizer.ggml.{key}_token_id"))? {
+        if let Some(id) = metadata.optional::<u32>(&format!("tokenizer.ggml.{key}_token_id"))? {
             put(name, json!(id));
         }
     }

@@ -9,6 +9,7 @@
 pub(crate) mod fill;
 mod header;
 mod json;
+mod replace;
 mod report;
 mod safetensors;
 mod save;
@@ -16,6 +17,7 @@ mod weights;
 
 use tch::{Kind, Tensor};
 
+pub use replace::replace;
 pub use report::Report;
 pub use safetensors::Safetensors;
 pub use save::save;

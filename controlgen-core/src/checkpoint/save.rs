@@ -1,14 +1,13 @@
 //! Writing of safetensors files.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::io::Write;
+use std::path::Path;
 
 use tch::Tensor;
 
 use super::header::{dtype_name, dtype_names};
+use super::replace::replace_with;
 use crate::{Error, Result};
 
 /// Bytes of a tensor that are copied and written at a time.
@@ -34,18 +33,12 @@ pub fn save(path: impl AsRef<Path>, tensors: &[(String, Tensor)], metadata: &[(&
     }
     order.sort_by_key(|(name, tensor)| (std::cmp::Reverse(tensor.kind().elt_size_in_bytes()), name));
     let header = header(&order, metadata)?;
-    let (file, temporary) = Temporary::beside(path)?;
-    let mut out = BufWriter::new(file);
-    let fail = |error| Error::io(path, error);
-    out.write_all(&(header.len() as u64).to_le_bytes()).map_err(fail)?;
-    out.write_all(&header).map_err(fail)?;
-    for (_, tensor) in order {
-        write(tensor, |bytes| out.write_all(bytes).map_err(fail))?;
-    }
-    let file = out.into_inner().map_err(|error| fail(error.into_error()))?;
-    file.sync_all().map_err(fail)?;
-    drop(file);
-    temporary.rename(path)
+    replace_with(path, |out| {
+        let fail = |error| Error::io(path, error);
+        out.write_all(&(header.len() as u64).to_le_bytes()).map_err(fail)?;
+        out.write_all(&header).map_err(fail)?;
+        order.iter().try_for_each(|(_, tensor)| write(tensor, |bytes| out.write_all(bytes).map_err(fail)))
+    })
 }
 
 fn check(name: &str, tensor: &Tensor) -> Result<()> {
@@ -124,44 +117,4 @@ fn write(tensor: &Tensor, mut out: impl FnMut(&[u8]) -> Result<()>) -> Result<()
         at += count;
     }
     Ok(())
-}
-
-/// A file that is removed unless it is renamed.
-struct Temporary(Option<PathBuf>);
-
-impl Temporary {
-    /// Creates a new file in the directory of `path`, as a file is renamed within one file system only.
-    fn beside(path: &Path) -> Result<(File, Self)> {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        let name = path
-            .file_name()
-            .ok_or_else(|| Error::value("path to save to", "that of a file", path.display()))?;
-        loop {
-            let mut hidden = std::ffi::OsString::from(".");
-            hidden.push(name);
-            hidden.push(format!(".{}-{}.tmp", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
-            let temporary = path.with_file_name(hidden);
-            match OpenOptions::new().write(true).create_new(true).open(&temporary) {
-                Ok(file) => return Ok((file, Self(Some(temporary)))),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(Error::io(temporary, error)),
-            }
-        }
-    }
-
-    fn rename(mut self, path: &Path) -> Result<()> {
-        if let Some(temporary) = &self.0 {
-            fs::rename(temporary, path).map_err(|error| Error::io(path, error))?;
-        }
-        self.0 = None;
-        Ok(())
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        if let Some(temporary) = &self.0 {
-            let _ = fs::remove_file(temporary);
-        }
-    }
 }

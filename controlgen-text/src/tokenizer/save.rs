@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use controlgen_core::checkpoint::replace;
 use controlgen_core::{Error, Result};
 use serde_json::{Map, Value, json};
 
@@ -48,15 +49,13 @@ impl Tokenizer {
         format!("{:#}\n", Value::Object(config))
     }
 
-    /// Writes tokenizer.json and tokenizer_config.json into `folder`, which must exist. transformers reads both.
+    /// Writes tokenizer.json and tokenizer_config.json into `folder`, which must exist, each beside its place and then
+    /// renamed. transformers reads both.
     ///
     /// # Errors
     /// [`Error::Io`] for a file that cannot be written.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
-        let write = |name: &str, text: String| {
-            let path = folder.as_ref().join(name);
-            std::fs::write(&path, text).map_err(|source| Error::io(&path, source))
-        };
+        let write = |name: &str, text: String| replace(folder.as_ref().join(name), text.as_bytes());
         write("tokenizer.json", self.to_json()?)?;
         write("tokenizer_config.json", self.config_json())
     }
