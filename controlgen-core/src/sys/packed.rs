@@ -9,7 +9,6 @@
 use std::ffi::{CStr, c_char, c_void};
 use std::sync::OnceLock;
 
-use libloading::os::unix::Library;
 use tch::{Kind, Tensor};
 
 use crate::{Error, Result};
@@ -29,19 +28,26 @@ const VERSION: u64 = (2 << 56) | (11 << 48);
 
 fn dispatcher() -> Option<&'static Dispatcher> {
     static FOUND: OnceLock<Option<Dispatcher>> = OnceLock::new();
-    let find = || {
-        let this = Library::this();
-        // SAFETY: the types are those of shim.h; the functions live in libtorch_cpu, which stays loaded for the
-        // life of the process.
-        unsafe {
-            Some(Dispatcher {
-                call: *this.get(b"torch_call_dispatcher\0").ok()?,
-                new_tensor: *this.get(b"aoti_torch_new_tensor_handle\0").ok()?,
-                new_string: *this.get(b"torch_new_string_handle\0").ok()?,
-            })
-        }
-    };
     FOUND.get_or_init(find).as_ref()
+}
+
+#[cfg(unix)]
+fn find() -> Option<Dispatcher> {
+    let this = libloading::os::unix::Library::this();
+    // SAFETY: the types are those of shim.h; the functions live in libtorch_cpu, which stays loaded for the life of
+    // the process.
+    unsafe {
+        Some(Dispatcher {
+            call: *this.get(b"torch_call_dispatcher\0").ok()?,
+            new_tensor: *this.get(b"aoti_torch_new_tensor_handle\0").ok()?,
+            new_string: *this.get(b"torch_new_string_handle\0").ok()?,
+        })
+    }
+}
+
+#[cfg(not(unix))]
+fn find() -> Option<Dispatcher> {
+    None
 }
 
 impl Dispatcher {
