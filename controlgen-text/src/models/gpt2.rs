@@ -12,7 +12,7 @@ use tch::Tensor;
 
 use super::config::{Config, limits};
 use super::kv_cache::KvCache;
-use super::{decoder_only, special_tokens};
+use super::{decoder_only, map_output, special_tokens};
 
 /// The values of `model_type` that this file serves.
 pub const MODEL_TYPES: [&str; 1] = ["gpt2"];
@@ -204,44 +204,32 @@ impl Gpt2 {
         scale
     }
 
-    fn map(&self, f: WeightMap<'_>) -> Result<Self> {
-        let wte = self.wte.map_weights(f)?;
-        let h = self.h.iter().map(|block| block.map(f)).collect::<Result<_>>()?;
-        // A tied output follows the table.
-        let retied = wte.weight().data_ptr() != self.wte.weight().data_ptr();
-        let lm_head = if self.config.tie_word_embeddings && retied {
-            self.lm_head.retied(wte.weight())?.map_weights(f)?
-        } else {
-            self.lm_head.map_weights(f)?
-        };
-        Ok(Self {
+    /// Another handle over the same storage.
+    fn share(&self) -> Self {
+        Self {
             config: Arc::clone(&self.config),
             spec: self.spec.clone(),
             sites: Arc::clone(&self.sites),
-            wte,
+            wte: self.wte.handle(),
             wpe: self.wpe.shallow_clone(),
-            h,
+            h: self.h.iter().map(Block::share).collect(),
             ln_f: self.ln_f.handle(),
             ln_f_site: self.ln_f_site,
-            lm_head,
-        })
+            lm_head: self.lm_head.handle(),
+        }
+    }
+
+    fn map(&self, f: WeightMap<'_>) -> Result<Self> {
+        let wte = self.wte.map_weights(f)?;
+        let h = self.h.iter().map(|block| block.map(f)).collect::<Result<_>>()?;
+        let tables = self.config.tie_word_embeddings.then_some((&self.wte, &wte));
+        let lm_head = map_output(&self.lm_head, tables, f)?;
+        Ok(Self { wte, h, lm_head, ..self.share() })
     }
 }
 
 impl Block {
-    fn map(&self, f: WeightMap<'_>) -> Result<Self> {
-        Ok(Self {
-            ln_1: self.ln_1.handle(),
-            c_attn: self.c_attn.map_weights(f)?,
-            attn_c_proj: self.attn_c_proj.map_weights(f)?,
-            ln_2: self.ln_2.handle(),
-            c_fc: self.c_fc.map_weights(f)?,
-            mlp_c_proj: self.mlp_c_proj.map_weights(f)?,
-            ..*self
-        })
-    }
-
-    fn handle(&self) -> Self {
+    fn share(&self) -> Self {
         Self {
             ln_1: self.ln_1.handle(),
             c_attn: self.c_attn.handle(),
@@ -252,21 +240,21 @@ impl Block {
             ..*self
         }
     }
+
+    fn map(&self, f: WeightMap<'_>) -> Result<Self> {
+        Ok(Self {
+            c_attn: self.c_attn.map_weights(f)?,
+            attn_c_proj: self.attn_c_proj.map_weights(f)?,
+            c_fc: self.c_fc.map_weights(f)?,
+            mlp_c_proj: self.mlp_c_proj.map_weights(f)?,
+            ..self.share()
+        })
+    }
 }
 
 impl LanguageModel for Gpt2 {
     fn handle(&self) -> Box<dyn LanguageModel> {
-        Box::new(Self {
-            config: Arc::clone(&self.config),
-            spec: self.spec.clone(),
-            sites: Arc::clone(&self.sites),
-            wte: self.wte.handle(),
-            wpe: self.wpe.shallow_clone(),
-            h: self.h.iter().map(Block::handle).collect(),
-            ln_f: self.ln_f.handle(),
-            ln_f_site: self.ln_f_site,
-            lm_head: self.lm_head.handle(),
-        })
+        Box::new(self.share())
     }
 
     fn spec(&self) -> &LmSpec {

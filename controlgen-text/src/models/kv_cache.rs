@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use controlgen_core::layers::{Rotary, Rotations};
 use controlgen_core::{Error, LmInput, Mask, Placement, Result, SiteMap, State, StateImpl};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Keys and values of every layer, in buffers with room to grow.
 ///
@@ -208,9 +208,7 @@ impl KvCache {
         let len = self.len;
         for layer in &mut self.layers {
             for buffer in [&mut layer.k, &mut layer.v].into_iter().flatten() {
-                let copy = Tensor::f_empty(buffer.size(), (buffer.f_kind()?, buffer.device()))?;
-                copy.f_narrow(2, 0, len)?.f_copy_(&buffer.f_narrow(2, 0, len)?)?;
-                *buffer = copy;
+                *buffer = with_room(buffer, len, buffer.size()[2])?;
             }
         }
         self.owner = Arc::new(());
@@ -226,19 +224,23 @@ fn write(buffer: &mut Option<Tensor>, new: &Tensor, len: i64, room: i64) -> Resu
     let needed = len + added;
     let grown = match &*buffer {
         Some(held) if held.size()[2] >= needed => held.shallow_clone(),
-        held => {
-            let grown = Tensor::f_empty([rows, heads, room, width], (new.f_kind()?, new.device()))?;
-            if let Some(held) = held {
-                grown.f_narrow(2, 0, len)?.f_copy_(&held.f_narrow(2, 0, len)?)?;
-            }
-            grown
-        }
+        Some(held) => with_room(held, len, room)?,
+        None => Tensor::f_empty([rows, heads, room, width], (new.f_kind()?, new.device()))?,
     };
     grown.f_narrow(2, len, added)?.f_copy_(new)?;
     let all = grown.f_narrow(2, 0, needed)?;
     // Only now: what is held stays whole if there was no memory for more.
     *buffer = Some(grown);
     Ok(all)
+}
+
+/// A new buffer with room for `room` positions, of which the first `len` are `held`'s.
+fn with_room(held: &Tensor, len: i64, room: i64) -> Result<Tensor> {
+    let mut shape = held.size();
+    shape[2] = room;
+    let buffer = Tensor::f_empty(shape, (held.f_kind()?, held.device()))?;
+    buffer.f_narrow(2, 0, len)?.f_copy_(&held.f_narrow(2, 0, len)?)?;
+    Ok(buffer)
 }
 
 impl StateImpl for KvCache {
@@ -258,23 +260,18 @@ impl StateImpl for KvCache {
         let len = self.len;
         // No rows until all is done: without memory for it, the layers would disagree.
         self.rows = 0;
+        // All buffers are on one device: the index is brought there once.
+        let buffers = self.layers.iter().find_map(|layer| layer.k.as_ref());
+        let device = buffers.or(self.keep.as_ref()).map_or(Device::Cpu, Tensor::device);
+        let index = Tensor::f_from_slice(rows)?.f_to_device(device)?;
         for layer in &mut self.layers {
             for buffer in [&mut layer.k, &mut layer.v].into_iter().flatten() {
-                let index = Tensor::f_from_slice(rows)?.f_to_device(buffer.device())?;
                 let used = buffer.f_narrow(2, 0, len)?.f_index_select(0, &index)?;
-                *buffer = if used.requires_grad() {
-                    used
-                } else {
-                    let mut shape = buffer.size();
-                    shape[0] = count;
-                    let copy = Tensor::f_empty(shape, (buffer.f_kind()?, buffer.device()))?;
-                    copy.f_narrow(2, 0, len)?.f_copy_(&used)?;
-                    copy
-                };
+                *buffer = if used.requires_grad() { used } else { with_room(&used, len, buffer.size()[2])? };
             }
         }
         if let Some(keep) = &mut self.keep {
-            *keep = keep.f_index_select(0, &Tensor::f_from_slice(rows)?.f_to_device(keep.device())?)?;
+            *keep = keep.f_index_select(0, &index)?;
         }
         self.rows = count;
         self.owner = Arc::new(());

@@ -12,7 +12,7 @@ use tch::Tensor;
 
 use super::config::{Config, limits};
 use super::kv_cache::KvCache;
-use super::{decoder_only, special_tokens};
+use super::{decoder_only, map_output, special_tokens};
 
 /// The values of `model_type` that this file serves.
 pub const MODEL_TYPES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
@@ -144,17 +144,14 @@ fn rope_scaling(config: &Config) -> Result<RotaryScaling> {
         "linear" => RotaryScaling::Linear { factor: rope.positive("factor", None)? },
         "llama3" => {
             let original = "original_max_position_embeddings";
-            let scaling = RotaryScaling::Llama3 {
-                factor: rope.positive("factor", None)?,
-                low_freq_factor: rope.positive("low_freq_factor", None)?,
-                high_freq_factor: rope.positive("high_freq_factor", None)?,
-                original_context: rope.positive(original, None)?,
-            };
-            if rope.positive("low_freq_factor", None)? >= rope.positive("high_freq_factor", None)? {
-                let found = rope.positive("low_freq_factor", None)?;
-                return Err(rope.error("low_freq_factor", "less than high_freq_factor", found));
+            let factor = rope.positive("factor", None)?;
+            let low_freq_factor = rope.positive("low_freq_factor", None)?;
+            let high_freq_factor = rope.positive("high_freq_factor", None)?;
+            let original_context = rope.positive(original, None)?;
+            if low_freq_factor >= high_freq_factor {
+                return Err(rope.error("low_freq_factor", "less than high_freq_factor", low_freq_factor));
             }
-            scaling
+            RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context }
         }
         other => return Err(Error::unsupported(format!("rope_type `{other}`"), "default, linear, llama3")),
     })
@@ -196,7 +193,6 @@ impl Llama {
     /// model that the configuration describes.
     pub fn load(config: &Config, weights: &Weights<'_>, placement: Placement) -> Result<Self> {
         let architecture = config.str("model_type")?.unwrap_or("llama").to_owned();
-        let special = config;
         let c = LlamaConfig::from_config(config, &architecture)?;
         let (d, ff, hd) = (c.hidden_size, c.intermediate_size, c.head_dim);
         let (q, kv) = (c.num_attention_heads * hd, c.num_key_value_heads * hd);
@@ -219,12 +215,16 @@ impl Llama {
                 for &(part, inputs, outputs) in parts {
                     ids.push((sites.add(format!("{name}.{part}"), linear(inputs, outputs)), outputs));
                 }
-                let names: Vec<_> = parts.iter().map(|p| (format!("{}.weight", p.0), [p.2, p.1])).collect();
-                let names: Vec<_> = names.iter().map(|(n, s)| (n.as_str(), &s[..])).collect();
-                let weight = w.fused(&names)?;
-                let names: Vec<_> = parts.iter().map(|p| (format!("{}.bias", p.0), [p.2])).collect();
-                let names: Vec<_> = names.iter().map(|(n, s)| (n.as_str(), &s[..])).collect();
-                let bias = if bias { Some(w.fused(&names)?) } else { None };
+                let weights: Vec<_> = parts.iter().map(|p| (format!("{}.weight", p.0), [p.2, p.1])).collect();
+                let weights: Vec<_> = weights.iter().map(|(n, s)| (n.as_str(), &s[..])).collect();
+                let weight = w.fused(&weights)?;
+                let bias = if bias {
+                    let biases: Vec<_> = parts.iter().map(|p| (format!("{}.bias", p.0), [p.2])).collect();
+                    let biases: Vec<_> = biases.iter().map(|(n, s)| (n.as_str(), &s[..])).collect();
+                    Some(w.fused(&biases)?)
+                } else {
+                    None
+                };
                 Linear::new(weight, bias, &ids)
             };
             let qkv_proj = fused(
@@ -268,7 +268,7 @@ impl Llama {
             Linear::new(weights.get("lm_head.weight", &[c.vocab_size, d])?, None, &head)?
         };
         let rotary = Rotary::new(hd, c.rope_theta, c.rope_scaling, placement)?;
-        let (bos, eos, pad) = special_tokens(special, c.vocab_size)?;
+        let (bos, eos, pad) = special_tokens(config, c.vocab_size)?;
         let spec = LmSpec {
             architecture,
             vocab: c.vocab_size,
@@ -297,58 +297,58 @@ impl Llama {
         &self.config
     }
 
-    fn map(&self, f: WeightMap<'_>) -> Result<Self> {
-        let embed_tokens = self.embed_tokens.map_weights(f)?;
-        let layers = self.layers.iter().map(|block| block.map(f)).collect::<Result<_>>()?;
-        // A tied output follows the table.
-        let retied = embed_tokens.weight().data_ptr() != self.embed_tokens.weight().data_ptr();
-        let lm_head = if self.config.tie_word_embeddings && retied {
-            self.lm_head.retied(embed_tokens.weight())?.map_weights(f)?
-        } else {
-            self.lm_head.map_weights(f)?
-        };
-        Ok(Self {
+    /// Another handle over the same storage.
+    fn share(&self) -> Self {
+        Self {
             config: Arc::clone(&self.config),
             spec: self.spec.clone(),
             sites: Arc::clone(&self.sites),
-            embed_tokens,
-            layers,
+            embed_tokens: self.embed_tokens.handle(),
+            layers: self.layers.iter().map(Block::share).collect(),
             norm: self.norm.handle(),
             norm_site: self.norm_site,
-            lm_head,
+            lm_head: self.lm_head.handle(),
             rotary: self.rotary.handle(),
-        })
+        }
+    }
+
+    fn map(&self, f: WeightMap<'_>) -> Result<Self> {
+        let embed_tokens = self.embed_tokens.map_weights(f)?;
+        let layers = self.layers.iter().map(|block| block.map(f)).collect::<Result<_>>()?;
+        let tables = self.config.tie_word_embeddings.then_some((&self.embed_tokens, &embed_tokens));
+        let lm_head = map_output(&self.lm_head, tables, f)?;
+        Ok(Self { embed_tokens, layers, lm_head, ..self.share() })
     }
 }
 
 impl Block {
+    fn share(&self) -> Self {
+        Self {
+            input_layernorm: self.input_layernorm.handle(),
+            qkv_proj: self.qkv_proj.handle(),
+            qk_norm: self.qk_norm.as_ref().map(|(q, k)| (q.handle(), k.handle())),
+            o_proj: self.o_proj.handle(),
+            post_attention_layernorm: self.post_attention_layernorm.handle(),
+            gate_up_proj: self.gate_up_proj.handle(),
+            down_proj: self.down_proj.handle(),
+            ..*self
+        }
+    }
+
     fn map(&self, f: WeightMap<'_>) -> Result<Self> {
         Ok(Self {
-            input_layernorm: self.input_layernorm.handle(),
             qkv_proj: self.qkv_proj.map_weights(f)?,
-            qk_norm: self.qk_norm.as_ref().map(|(q, k)| (q.handle(), k.handle())),
             o_proj: self.o_proj.map_weights(f)?,
-            post_attention_layernorm: self.post_attention_layernorm.handle(),
             gate_up_proj: self.gate_up_proj.map_weights(f)?,
             down_proj: self.down_proj.map_weights(f)?,
-            ..*self
+            ..self.share()
         })
     }
 }
 
 impl LanguageModel for Llama {
     fn handle(&self) -> Box<dyn LanguageModel> {
-        Box::new(Self {
-            config: Arc::clone(&self.config),
-            spec: self.spec.clone(),
-            sites: Arc::clone(&self.sites),
-            embed_tokens: self.embed_tokens.handle(),
-            layers: self.layers.iter().map(Block::handle).collect(),
-            norm: self.norm.handle(),
-            norm_site: self.norm_site,
-            lm_head: self.lm_head.handle(),
-            rotary: self.rotary.handle(),
-        })
+        Box::new(self.share())
     }
 
     fn spec(&self) -> &LmSpec {
@@ -418,20 +418,5 @@ impl LanguageModel for Llama {
 
     fn map_weights(&self, f: WeightMap<'_>) -> Result<Box<dyn LanguageModel>> {
         Ok(Box::new(self.map(f)?))
-    }
-}
-
-impl Block {
-    fn handle(&self) -> Self {
-        Self {
-            input_layernorm: self.input_layernorm.handle(),
-            qkv_proj: self.qkv_proj.handle(),
-            qk_norm: self.qk_norm.as_ref().map(|(q, k)| (q.handle(), k.handle())),
-            o_proj: self.o_proj.handle(),
-            post_attention_layernorm: self.post_attention_layernorm.handle(),
-            gate_up_proj: self.gate_up_proj.handle(),
-            down_proj: self.down_proj.handle(),
-            ..*self
-        }
     }
 }

@@ -8,7 +8,8 @@ mod llama;
 use std::path::Path;
 
 use controlgen_core::checkpoint::{Safetensors, TensorSource, Weights, prefixes};
-use controlgen_core::{Error, LanguageModel, Placement, Result, Source};
+use controlgen_core::layers::{Embedding, Linear};
+use controlgen_core::{Error, LanguageModel, Placement, Result, Source, WeightMap};
 
 pub use config::Config;
 pub use gpt2::{Gpt2, Gpt2Config};
@@ -85,4 +86,15 @@ fn decoder_only(source: Source<'_>) -> Result<i64> {
 fn special_tokens(config: &Config, vocab: i64) -> Result<(Option<i64>, Vec<i64>, Option<i64>)> {
     let first = |field| Ok::<_, Error>(config.token_ids(field, vocab)?.first().copied());
     Ok((first("bos_token_id")?, config.token_ids("eos_token_id", vocab)?, first("pad_token_id")?))
+}
+
+/// The output product with the weight that `f` answers with. One that is tied to the table of embeddings, given
+/// before and after its own mapping, follows it.
+fn map_output(head: &Linear, tables: Option<(&Embedding, &Embedding)>, f: WeightMap<'_>) -> Result<Linear> {
+    match tables {
+        Some((before, after)) if before.weight().data_ptr() != after.weight().data_ptr() => {
+            head.retied(after.weight())?.map_weights(f)
+        }
+        _ => head.map_weights(f),
+    }
 }
