@@ -3,6 +3,8 @@
 use controlgen_core::{Error, LanguageModel, LmInput, Pass, Result, Source};
 use tch::{Kind, Tensor};
 
+use crate::controls::in_vocabulary;
+
 /// The log-probabilities of one completion.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Scored {
@@ -43,7 +45,8 @@ pub fn score_completions(
     if longest == 0 || completions.iter().any(Vec::is_empty) {
         return Err(Error::value("completions", "at least one, of at least one token each", "an empty one"));
     }
-    completions.iter().try_for_each(|completion| check_ids(lm, completion))?;
+    // A pass checks the ids that it reads; a completion's last is only scored.
+    completions.iter().flatten().try_for_each(|&id| in_vocabulary("token id", id, lm.spec().vocab))?;
     let device = lm.spec().placement.device;
     let ids = Tensor::f_from_slice(prompt)?.f_unsqueeze(0)?.f_to_device(device)?;
     let mut state = lm.start(Source::Rows(1), pass)?;
@@ -118,15 +121,6 @@ pub fn score_text(
         start += stride;
     }
     Ok(Scored { logprobs })
-}
-
-/// Refuses token ids that the model does not have. Those that a pass reads it checks itself; the last is only scored.
-fn check_ids(lm: &dyn LanguageModel, ids: &[i64]) -> Result<()> {
-    let vocab = lm.spec().vocab;
-    match ids.iter().find(|&&id| id < 0 || id >= vocab) {
-        Some(id) => Err(Error::value("token id", format!("0 .. {vocab}"), id)),
-        None => Ok(()),
-    }
 }
 
 /// log softmax of logits `[B, T, V]` at ids `[B, T]`: f64 `[B, T]` on the CPU.

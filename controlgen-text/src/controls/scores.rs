@@ -159,7 +159,7 @@ impl TokenSet {
 }
 
 /// Refuses an id that the vocabulary lacks.
-pub(super) fn in_vocabulary(what: &str, id: i64, vocab: i64) -> Result<()> {
+pub(crate) fn in_vocabulary(what: &str, id: i64, vocab: i64) -> Result<()> {
     if (0..vocab).contains(&id) { Ok(()) } else { Err(Error::value(what, format!("0 .. {vocab}"), id)) }
 }
 

@@ -165,12 +165,11 @@ impl GenerationConfig {
         if let Some(n) = self.no_repeat_ngram_size.filter(|&n| n > 0) {
             controls.push(NoRepeatNgram::new(n)?);
         }
-        let mut banned = self.bad_words_ids.clone().unwrap_or_default();
-        for word in self.bad_words.iter().flatten() {
-            banned.extend(tokenizer.spellings(word)?);
+        if let Some(words) = self.bad_words_ids.as_ref().filter(|words| !words.is_empty()) {
+            controls.push(BannedWords::new(words)?);
         }
-        if !banned.is_empty() {
-            controls.push(BannedWords::new(banned)?);
+        if let Some(words) = self.bad_words.as_ref().filter(|words| !words.is_empty()) {
+            controls.push(BannedWords::words(&tokenizer, words)?);
         }
         if let Some(tokens) = self.min_length {
             controls.push(MinLength::total(tokens, eos.iter().copied())?);

@@ -8,6 +8,8 @@ use controlgen_core::{
 };
 use tch::{Kind, Tensor};
 
+use crate::controls::in_vocabulary;
+
 pub use sampling::{Choice, sampling};
 
 /// What every search is given.
@@ -40,20 +42,15 @@ impl Task<'_> {
             if prompt.is_empty() {
                 return Err(Error::value(format!("prompt {i}"), "at least one token", "none"));
             }
-            if let Some(&id) = prompt.iter().find(|&&id| id < 0 || id >= spec.vocab) {
-                let what = format!("token id in prompt {i}");
-                return Err(Error::value(what, format!("0 .. {}", spec.vocab), id));
-            }
+            let what = format!("token id in prompt {i}");
+            prompt.iter().try_for_each(|&id| in_vocabulary(&what, id, spec.vocab))?;
             let len = i64::try_from(prompt.len()).unwrap_or(i64::MAX);
             let needed = len.saturating_add(self.pass.position_offset());
             if needed > spec.context {
                 return Err(Error::Context { limit: spec.context, needed });
             }
         }
-        if let Some(&id) = self.eos.iter().find(|&&id| id < 0 || id >= spec.vocab) {
-            return Err(Error::value("EOS token id", format!("0 .. {}", spec.vocab), id));
-        }
-        Ok(())
+        self.eos.iter().try_for_each(|&id| in_vocabulary("EOS token id", id, spec.vocab))
     }
 }
 
