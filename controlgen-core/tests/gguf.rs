@@ -4,23 +4,11 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
-
-use common::GgufBytes;
+use common::{GgufBytes, fixture, read};
 use controlgen_core::Error;
 use controlgen_core::checkpoint::{Safetensors, TensorSource};
 use controlgen_core::gguf::{Gguf, Value, ValueKind};
 use tch::{Device, Kind, Tensor};
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
-
-fn read(source: &dyn TensorSource, name: &str, kind: Kind) -> Tensor {
-    let mut tensor = Tensor::empty(source.info(name).unwrap().shape, (kind, Device::Cpu));
-    source.read(name, &mut tensor).unwrap();
-    tensor
-}
 
 /// Writes a file and opens it.
 fn open(bytes: &[u8]) -> Result<Gguf, Error> {

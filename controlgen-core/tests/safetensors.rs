@@ -5,24 +5,13 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
 
-use common::safetensors;
+use common::{fixture, read, safetensors};
 use controlgen_core::Error;
 use controlgen_core::checkpoint::{Safetensors, TensorInfo, TensorSource, save};
 use tch::{Device, Kind, Tensor};
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
-
-fn read(source: &dyn TensorSource, name: &str, kind: Kind) -> Tensor {
-    let mut tensor = Tensor::empty(source.info(name).unwrap().shape, (kind, Device::Cpu));
-    source.read(name, &mut tensor).unwrap();
-    tensor
-}
 
 fn named(name: &str, tensor: Tensor) -> (String, Tensor) {
     (name.to_owned(), tensor)

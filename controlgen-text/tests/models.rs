@@ -3,31 +3,13 @@
 //! The fixtures are made by `benches/reference/text_fixtures.py`.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use std::path::PathBuf;
+mod common;
 
+use common::{MODELS, folder, start};
 use controlgen_core::checkpoint::{Safetensors, TensorSource};
-use controlgen_core::{LanguageModel, LmInput, Pass, Placement, Rows, Source, State};
+use controlgen_core::{LanguageModel, LmInput, Pass, Placement, Rows, State};
 use controlgen_text::models;
 use tch::{Device, Kind, Tensor};
-
-const MODELS: [&str; 12] = [
-    "gpt2_gelu_new",
-    "gpt2_gelu_hub",
-    "gpt2_relu_untied",
-    "llama_mha_untied",
-    "llama_gqa_tied",
-    "llama_biased",
-    "llama_head_dim",
-    "llama_rope_linear",
-    "llama_rope_llama3",
-    "mistral",
-    "qwen2",
-    "qwen3",
-];
-
-fn folder(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
 
 fn open(name: &str) -> Box<dyn LanguageModel> {
     models::open(&folder(name), Placement::CPU).unwrap_or_else(|error| panic!("{name}: {error}"))
@@ -47,10 +29,6 @@ impl Cases {
         self.0.read(name, &mut tensor).unwrap();
         Some(tensor)
     }
-}
-
-fn start(lm: &dyn LanguageModel, rows: i64) -> State {
-    lm.start(Source::Rows(rows), &Pass::default()).unwrap()
 }
 
 fn forward(lm: &dyn LanguageModel, input: LmInput<'_>, state: &mut State) -> Tensor {

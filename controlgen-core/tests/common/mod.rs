@@ -1,8 +1,23 @@
-//! GGUF files built by hand, and damage done to files.
+//! Fixtures, GGUF files built by hand, and damage done to files.
 #![allow(dead_code, clippy::unwrap_used)] // helpers of tests, of which each uses a part
 
+use std::path::{Path, PathBuf};
+
+use controlgen_core::checkpoint::TensorSource;
 use rand::RngExt;
 use rand::rngs::ChaCha8Rng;
+use tch::{Device, Kind, Tensor};
+
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// A tensor of a source, converted to `kind`.
+pub fn read(source: &dyn TensorSource, name: &str, kind: Kind) -> Tensor {
+    let mut tensor = Tensor::empty(source.info(name).unwrap().shape, (kind, Device::Cpu));
+    source.read(name, &mut tensor).unwrap();
+    tensor
+}
 
 /// A GGUF file under construction, which remembers where its fields lie.
 #[derive(Clone, Default)]

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod checkpoint;
+#[path = "../common/mod.rs"]
+mod common;
 mod config;
 mod generation;
 mod pass;

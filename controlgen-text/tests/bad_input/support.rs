@@ -1,31 +1,12 @@
 //! Fixtures, and what an error must be.
 
-use std::path::{Path, PathBuf};
-
 use controlgen_core::checkpoint::{Safetensors, TensorSource};
-use controlgen_core::{Error, LanguageModel, LmInput, Pass, Placement, Result, Source, State};
+use controlgen_core::{Error, LanguageModel, LmInput, Pass, Placement, Result, State};
 use controlgen_text::models::{self, Config};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-pub const MODELS: [&str; 12] = [
-    "gpt2_gelu_new",
-    "gpt2_gelu_hub",
-    "gpt2_relu_untied",
-    "llama_mha_untied",
-    "llama_gqa_tied",
-    "llama_biased",
-    "llama_head_dim",
-    "llama_rope_linear",
-    "llama_rope_llama3",
-    "mistral",
-    "qwen2",
-    "qwen3",
-];
-
-pub fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
+pub use crate::common::{MODELS, folder, start};
 
 /// The fields of a config.json.
 pub fn fields(name: &str, file: &str) -> Map<String, Value> {
@@ -55,10 +36,6 @@ pub fn tensors(weights: &Safetensors) -> Vec<(String, Tensor)> {
         (name, tensor)
     };
     weights.names().into_iter().map(read).collect()
-}
-
-pub fn start(lm: &dyn LanguageModel, rows: i64) -> State {
-    lm.start(Source::Rows(rows), &Pass::default()).unwrap()
 }
 
 pub fn ids(shape: &[i64], ids: &[i64]) -> Tensor {

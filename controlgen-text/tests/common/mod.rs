@@ -1,0 +1,30 @@
+//! The small random models of `tests/fixtures`, which `benches/reference/text_fixtures.py` makes.
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+use std::path::{Path, PathBuf};
+
+use controlgen_core::{LanguageModel, Pass, Source, State};
+
+/// One of every kind that is loaded.
+pub const MODELS: [&str; 12] = [
+    "gpt2_gelu_new",
+    "gpt2_gelu_hub",
+    "gpt2_relu_untied",
+    "llama_mha_untied",
+    "llama_gqa_tied",
+    "llama_biased",
+    "llama_head_dim",
+    "llama_rope_linear",
+    "llama_rope_llama3",
+    "mistral",
+    "qwen2",
+    "qwen3",
+];
+
+pub fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+pub fn start(lm: &dyn LanguageModel, rows: i64) -> State {
+    lm.start(Source::Rows(rows), &Pass::default()).unwrap()
+}
