@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tch::Tensor;
 
 use crate::pass::Pass;
-use crate::{Attn, Error, Result, SiteId, SiteMap};
+use crate::{Attn, Error, Lanes, Result, SiteId, SiteMap};
 
 /// Where a hook is called: the site, the slot that the control gave it when it was bound, and the pass.
 #[derive(Clone, Copy)]
@@ -34,8 +34,12 @@ pub trait Control: Send {
     fn bind(&self, sites: &SiteMap, to: &mut Binding<'_>) -> Result<()>;
 
     /// How many positions it puts before the first token (a prefix): positions then count from there.
-    fn position_offset(&self) -> i64 {
-        0
+    ///
+    /// # Errors
+    /// The control's own: lanes that it cannot read.
+    fn position_offset(&self, lanes: Option<&Lanes>) -> Result<Offset> {
+        let _ = lanes;
+        Ok(Offset::default())
     }
 
     /// Before a linear site's product: x `[.., inputs]`.
@@ -84,6 +88,50 @@ pub trait Control: Send {
     }
 }
 
+/// How many positions controls put before the first token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Offset {
+    /// As many in every row.
+    All(i64),
+    /// Of each row.
+    Rows(Vec<i64>),
+}
+
+impl Default for Offset {
+    fn default() -> Self {
+        Self::All(0)
+    }
+}
+
+impl Offset {
+    /// The most of any row.
+    pub fn most(&self) -> i64 {
+        match self {
+            Self::All(n) => *n,
+            Self::Rows(rows) => rows.iter().copied().max().unwrap_or(0),
+        }
+    }
+
+    /// The sum of both, row by row.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for different numbers of rows.
+    fn and(self, other: Self) -> Result<Self> {
+        Ok(match (self, other) {
+            (Self::All(a), Self::All(b)) => Self::All(a + b),
+            (Self::All(n), Self::Rows(rows)) | (Self::Rows(rows), Self::All(n)) => {
+                Self::Rows(rows.into_iter().map(|row| row + n).collect())
+            }
+            (Self::Rows(a), Self::Rows(b)) => {
+                if a.len() != b.len() {
+                    return Err(Error::value("rows of a position offset", a.len(), b.len()));
+                }
+                Self::Rows(a.into_iter().zip(b).map(|(a, b)| a + b).collect())
+            }
+        })
+    }
+}
+
 /// One call to make at a site.
 #[derive(Clone, Copy)]
 struct Hook {
@@ -127,7 +175,6 @@ pub struct Controls {
     sites: u64,
     controls: Vec<Box<dyn Control>>,
     hooks: Vec<SiteHooks>,
-    position_offset: i64,
 }
 
 impl Controls {
@@ -142,9 +189,8 @@ impl Controls {
         for (control, it) in controls.iter().enumerate() {
             it.bind(sites, &mut Binding { control, hooks: &mut hooks })?;
         }
-        let position_offset = controls.iter().map(|control| control.position_offset()).sum();
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { id, sites: sites.id(), controls, hooks, position_offset })
+        Ok(Self { id, sites: sites.id(), controls, hooks })
     }
 
     /// Another handle over the same storage.
@@ -155,7 +201,6 @@ impl Controls {
             sites: self.sites,
             controls: self.controls.iter().map(|control| control.handle()).collect(),
             hooks: self.hooks.clone(),
-            position_offset: self.position_offset,
         }
     }
 
@@ -198,20 +243,41 @@ impl Next<'_> {
 
 /// What models call. With no controls each costs a branch.
 impl<'a> Pass<'a> {
-    /// Refuses controls that were bound to another model; a model calls it once a pass.
+    /// Refuses controls that were bound to another model, and lanes of another number of rows than the batch's; a
+    /// model calls it once a pass.
+    ///
+    /// # Errors
+    /// [`Error::ForeignSites`]; [`Error::Value`] for lanes that are not one a row.
+    pub fn check(&self, sites: &SiteMap, rows: i64) -> Result<()> {
+        self.check_sites(sites)?;
+        match self.lanes {
+            Some(lanes) if i64::try_from(lanes.rows().len()) != Ok(rows) => {
+                Err(Error::value("lanes", format!("{rows}, one a row of the batch"), lanes.rows().len()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses controls that were bound to another model.
     ///
     /// # Errors
     /// [`Error::ForeignSites`].
-    pub fn check(&self, sites: &SiteMap) -> Result<()> {
+    pub fn check_sites(&self, sites: &SiteMap) -> Result<()> {
         match self.controls {
             Some(controls) if controls.sites != sites.id() => Err(Error::ForeignSites),
             _ => Ok(()),
         }
     }
 
-    /// How many positions controls put before the first token.
-    pub fn position_offset(&self) -> i64 {
-        self.controls.map_or(0, |controls| controls.position_offset)
+    /// How many positions controls put before the first token, all together.
+    ///
+    /// # Errors
+    /// The controls'.
+    pub fn position_offset(&self) -> Result<Offset> {
+        let controls = self.controls.map_or(&[][..], |controls| &controls.controls);
+        controls
+            .iter()
+            .try_fold(Offset::default(), |sum, control| sum.and(control.position_offset(self.lanes)?))
     }
 
     #[inline]

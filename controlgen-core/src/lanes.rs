@@ -111,10 +111,29 @@ pub struct Lane {
 }
 
 /// What every batch row is: one [`Lane`] a row, and typed columns.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Lanes {
     rows: Vec<Lane>,
-    columns: Vec<BoxRows>,
+    columns: Vec<Column>,
+}
+
+/// Rows of a type that is not known here, which can be cloned.
+struct Column(Box<dyn AnyColumn>);
+
+trait AnyColumn: AnyRows {
+    fn clone_any(&self) -> Column;
+}
+
+impl<S: Rows + Clone> AnyColumn for S {
+    fn clone_any(&self) -> Column {
+        Column(Box::new(self.clone()))
+    }
+}
+
+impl Clone for Column {
+    fn clone(&self) -> Self {
+        (*self.0).clone_any()
+    }
 }
 
 impl Lanes {
@@ -123,16 +142,25 @@ impl Lanes {
         Self { rows, columns: Vec::new() }
     }
 
-    /// Adds a column, found again by its type.
+    /// One plain lane for each of `rows` samples.
+    pub fn samples(rows: usize) -> Self {
+        let lane = |sample| Lane { sample, ..Lane::default() };
+        Self::new((0..u32::try_from(rows).unwrap_or(u32::MAX)).map(lane).collect())
+    }
+
+    /// Adds a column, one entry a row, found again by its type.
     #[must_use]
-    pub fn with(mut self, column: impl Rows) -> Self {
-        self.columns.push(BoxRows::new(column));
+    pub fn with(mut self, column: impl Rows + Clone) -> Self {
+        self.columns.push(Column(Box::new(column)));
         self
     }
 
     /// The column of type `T`.
     pub fn get<T: 'static>(&self) -> Option<&T> {
-        self.columns.iter().find_map(BoxRows::get)
+        self.columns.iter().find_map(|column| {
+            let any: &dyn Any = &*column.0;
+            any.downcast_ref()
+        })
     }
 
     /// The rows.
@@ -157,7 +185,7 @@ impl Lanes {
 impl Rows for Lanes {
     fn reorder(&mut self, rows: &[i64]) -> Result<()> {
         self.rows.reorder(rows)?;
-        self.columns.iter_mut().try_for_each(|column| column.reorder(rows))
+        self.columns.iter_mut().try_for_each(|column| column.0.reorder_any(rows))
     }
 }
 

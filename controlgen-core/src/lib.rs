@@ -31,6 +31,7 @@ pub mod ndarray;
 pub mod noise;
 mod pass;
 pub mod progress;
+mod shared_tensor;
 mod sites;
 mod sys;
 #[cfg(feature = "testing")]
@@ -41,7 +42,7 @@ pub use adapter::{Adapter, MergedWeights, copy_parameters};
 pub use attention::{Attn, Mask};
 pub use autoencoder::{Autoencoder, AutoencoderSpec, Latents};
 pub use classifier::Classifier;
-pub use control::{At, Binding, Control, Controls, Next};
+pub use control::{At, Binding, Control, Controls, Next, Offset};
 pub use denoiser::{Condition, Denoiser, DenoiserSpec, NoiseLevel, Parameterisation, Prediction, Prepared};
 pub use device::{Placement, device, kind};
 pub use encoder::{Encoder, EncoderInput, EncoderSpec, Features, Reads};
@@ -56,5 +57,6 @@ pub use language_model::{
 };
 pub use masked_lm::MaskedLm;
 pub use pass::{Pass, Taps};
+pub use shared_tensor::SharedTensor;
 pub use sites::{Dims, Site, SiteId, SiteKind, SiteMap, Slice};
 pub use token_control::{PerRow, Role, RowControl, TokenControl, TokenControls, TokenControlsState};

@@ -1,12 +1,12 @@
 //! What may be sent to another thread, and what may be a `dyn`. It is checked by compiling.
 
-use controlgen_core::energy::{Bound, Image, Noised, Objective, SharedTensor, Text, Value};
+use controlgen_core::energy::{Bound, Image, Noised, Objective, Text, Value};
 use controlgen_core::guidance::{Guided, Guider, GuiderRun, Memory, Step};
 use controlgen_core::testing::TableLm;
 use controlgen_core::{
     Adapter, Autoencoder, BoxRows, Classifier, Condition, Control, Controls, Denoiser, DenoiserSpec, Encoder,
     Energy, Error, Guidance, ImageSampler, Lanes, LanguageModel, LmSpec, MaskedLm, NoiseLevel, Pass,
-    Prediction, Prepared, SiteMap, State, Taps, TokenControls, TokenControlsState,
+    Prediction, Prepared, SharedTensor, SiteMap, State, Taps, TokenControls, TokenControlsState,
 };
 
 fn send<T: Send + ?Sized>() {}

@@ -1,11 +1,9 @@
 //! Energies: their algebra, gradients against finite differences, constraints, and every refusal.
 #![allow(clippy::unwrap_used)]
 
-use controlgen_core::energy::{
-    Energy, EnergyFn, Image, Objective, Point, SharedTensor, Text, gradient, rerank,
-};
+use controlgen_core::energy::{Energy, EnergyFn, Image, Objective, Point, Text, gradient, rerank};
 use controlgen_core::testing::TableLm;
-use controlgen_core::{EnableGrad, Error, LanguageModel, LmInput, Pass, Result, Source};
+use controlgen_core::{EnableGrad, Error, LanguageModel, LmInput, Pass, Result, SharedTensor, Source};
 use tch::{Kind, Tensor, kind::DOUBLE_CPU};
 
 fn image(rows: i64) -> Image {

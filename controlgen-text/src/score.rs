@@ -1,6 +1,6 @@
 //! Scoring texts that are given: log-probabilities token by token, and perplexity.
 
-use controlgen_core::{Error, LanguageModel, LmInput, Pass, Result, Source};
+use controlgen_core::{Error, LanguageModel, LmInput, Pass, Result, Rows, Source};
 use tch::{Kind, Tensor};
 
 use crate::controls::in_vocabulary;
@@ -51,7 +51,11 @@ pub fn score_completions(
     let ids = Tensor::f_from_slice(prompt)?.f_unsqueeze(0)?.f_to_device(device)?;
     let mut state = lm.start(Source::Rows(1), pass)?;
     let first = lm.forward(LmInput::ids(&ids).last(), &mut state, pass)?.logits; // (1, 1, V)
-    controlgen_core::Rows::reorder(&mut state, &vec![0; completions.len()])?;
+    let every = vec![0; completions.len()];
+    state.reorder(&every)?;
+    let mut lanes = pass.lanes.cloned();
+    lanes.as_mut().map_or(Ok(()), |lanes| lanes.reorder(&every))?;
+    let pass = &Pass { lanes: lanes.as_ref(), ..*pass };
 
     // Padded on the right: nothing follows the padding, so no mask is needed.
     let padded: Vec<i64> = completions
@@ -92,7 +96,7 @@ pub fn score_text(
     pass: &Pass<'_>,
 ) -> Result<Scored> {
     let _guard = tch::no_grad_guard();
-    let context = usize::try_from(lm.spec().context - pass.position_offset()).unwrap_or(0);
+    let context = usize::try_from(lm.spec().context - pass.position_offset()?.most()).unwrap_or(0);
     if ids.len() < 2 {
         return Err(Error::value("tokens to score", "at least 2", ids.len()));
     }

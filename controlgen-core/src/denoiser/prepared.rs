@@ -23,7 +23,7 @@ impl Prepared {
     /// # Errors
     /// [`Error::Shape`] for a tensor of another number of rows; [`Error::ForeignSites`].
     pub fn new(sites: &SiteMap, pass: &Pass<'_>, rows: i64, tensors: Vec<Tensor>) -> Result<Self> {
-        pass.check(sites)?;
+        pass.check_sites(sites)?;
         if let Some(odd) = tensors.iter().find(|t| t.size().first() != Some(&rows)) {
             return Err(Error::shape("prepared conditions", format!("[{rows}, ..]"), &odd.size()));
         }

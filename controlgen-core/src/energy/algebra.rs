@@ -1,6 +1,6 @@
 //! Energies, and sums and multiples of them.
 
-use std::ops::{Add, Deref, Mul, Neg, Sub};
+use std::ops::{Add, Mul, Neg, Sub};
 
 use tch::Tensor;
 
@@ -69,7 +69,7 @@ impl<X: ?Sized + 'static> Energy<X> {
     }
 
     /// The energy that a closure computes, `[B]` of x. What it captures must be `Clone`: wrap tensors in
-    /// [`SharedTensor`].
+    /// [`SharedTensor`](crate::SharedTensor).
     pub fn from_fn(f: impl Fn(&X) -> Result<Tensor> + Clone + Send + 'static) -> Self {
         Self(Box::new(FromFn(f)))
     }
@@ -78,28 +78,6 @@ impl<X: ?Sized + 'static> Energy<X> {
     /// ([`Value`](super::Value)).
     pub fn at_most(self, epsilon: f64) -> Bound<X> {
         Bound { energy: self, epsilon }
-    }
-}
-
-/// A tensor that is `Clone`, by sharing its storage: what closures capture.
-pub struct SharedTensor(Tensor);
-
-impl From<Tensor> for SharedTensor {
-    fn from(tensor: Tensor) -> Self {
-        Self(tensor)
-    }
-}
-
-impl Clone for SharedTensor {
-    fn clone(&self) -> Self {
-        Self(self.0.shallow_clone())
-    }
-}
-
-impl Deref for SharedTensor {
-    type Target = Tensor;
-    fn deref(&self) -> &Tensor {
-        &self.0
     }
 }
 

@@ -10,7 +10,7 @@ mod objective;
 mod point;
 mod rerank;
 
-pub use algebra::{Energy, EnergyFn, SharedTensor};
+pub use algebra::{Energy, EnergyFn};
 pub(crate) use gradient::backward;
 pub use gradient::{gradient, gradient_of};
 pub use objective::{Bound, Objective, Value};

@@ -93,7 +93,7 @@ impl Guider {
     fn push_graph(&mut self, controls: Option<Controls>) -> Result<()> {
         let _no_gradients = tch::no_grad_guard();
         let pass = Pass { controls: controls.as_ref(), ..Pass::default() };
-        pass.check(self.denoiser.sites())?;
+        pass.check_sites(self.denoiser.sites())?;
         let prepared = self.denoiser.prepare(&self.conditions, &pass)?;
         let rows = i64::try_from(self.conditions.len()).unwrap_or(i64::MAX);
         if prepared.rows() != rows {

@@ -242,7 +242,7 @@ mod tests {
         let (others, _) = fused();
         let controls = Controls::bind(&sites, vec![Box::new(Scale { input: "", output: "q" })]).unwrap();
         let pass = Pass::with_controls(&controls);
-        assert!(pass.check(&sites).is_ok());
-        assert!(matches!(pass.check(&others), Err(Error::ForeignSites)));
+        assert!(pass.check_sites(&sites).is_ok());
+        assert!(matches!(pass.check_sites(&others), Err(Error::ForeignSites)));
     }
 }

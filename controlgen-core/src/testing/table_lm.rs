@@ -312,7 +312,7 @@ impl LanguageModel for TableLm {
     }
 
     fn start(&self, source: Source<'_>, pass: &Pass<'_>) -> Result<State> {
-        pass.check(&self.sites)?;
+        pass.check_sites(&self.sites)?;
         let Source::Rows(rows) = source else {
             return Err(Error::unsupported("an encoder's input to a decoder-only model", "Source::Rows"));
         };
@@ -325,8 +325,8 @@ impl LanguageModel for TableLm {
     }
 
     fn forward(&self, input: LmInput<'_>, state: &mut State, pass: &Pass<'_>) -> Result<LmOutput> {
-        pass.check(&self.sites)?;
         let (batch, len) = input.validate(&self.spec)?;
+        pass.check(&self.sites, batch)?;
         let history: &mut History = state.downcast("one made by TableLm::start")?;
         if history.rows() != batch {
             return Err(Error::value(
@@ -335,7 +335,7 @@ impl LanguageModel for TableLm {
                 batch,
             ));
         }
-        let (limit, needed) = (self.spec.context, pass.position_offset() + history.len() + len);
+        let (limit, needed) = (self.spec.context, pass.position_offset()?.most() + history.len() + len);
         if needed > limit {
             return Err(Error::Context { limit, needed });
         }

@@ -91,9 +91,9 @@ impl Denoiser for Gaussian {
         Prepared::new(&self.sites, pass, conditions.len() as i64, vec![means])
     }
     fn predict(&self, x: &Tensor, t: &Tensor, prepared: &Prepared, pass: &Pass<'_>) -> Result<Prediction> {
-        pass.check(&self.sites)?;
         prepared.check(&self.sites, pass)?;
         let batch = self.spec.validate(x, t, prepared)?;
+        pass.check(&self.sites, batch)?;
         self.calls.fetch_add(1, Relaxed);
         self.rows.fetch_add(batch, Relaxed);
         let level = (self.schedule)(t.f_get(0)?.f_double_value(&[])?);

@@ -6,7 +6,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use controlgen_core::progress::{CancelToken, Flow};
-use controlgen_core::{Controls, Error, LanguageModel, Pass, Placement, Result, TokenControl, TokenControls};
+use controlgen_core::{
+    Controls, Error, Lanes, LanguageModel, Pass, Placement, Result, TokenControl, TokenControls,
+};
 
 use crate::chat::{ChatOptions, ChatTemplate, Message};
 use crate::models;
@@ -135,6 +137,7 @@ pub struct Generate<'a> {
     prompts: Vec<Prompt>,
     controls: TokenControls,
     site_controls: Option<&'a Controls>,
+    lanes: Option<Lanes>,
     choice: Choice,
     n: usize,
     max_new_tokens: usize,
@@ -155,6 +158,7 @@ impl<'a> Generate<'a> {
             prompts,
             controls: TokenControls::new(),
             site_controls: None,
+            lanes: None,
             choice: Choice::Greedy,
             n: 1,
             max_new_tokens: 128,
@@ -179,6 +183,14 @@ impl<'a> Generate<'a> {
     #[must_use]
     pub fn controls(mut self, controls: &'a Controls) -> Self {
         self.site_controls = Some(controls);
+        self
+    }
+
+    /// Tells those controls what each prompt is, one lane a prompt: which adapter acts on it, for one. Its completions
+    /// keep the lane.
+    #[must_use]
+    pub fn lanes(mut self, lanes: Lanes) -> Self {
+        self.lanes = Some(lanes);
         self
     }
 
@@ -304,7 +316,7 @@ impl<'a> Generate<'a> {
             lm: &*self.model.lm,
             prompts: &prompts,
             controls: &self.controls,
-            pass: Pass { controls: self.site_controls, ..Pass::default() },
+            pass: Pass { controls: self.site_controls, lanes: self.lanes.as_ref(), ..Pass::default() },
             max_new_tokens: self.max_new_tokens,
             eos: self.eos.as_deref().unwrap_or(&self.model.eos),
             n: self.n,

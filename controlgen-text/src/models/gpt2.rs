@@ -275,10 +275,10 @@ impl LanguageModel for Gpt2 {
     }
 
     fn forward(&self, input: LmInput<'_>, state: &mut State, pass: &Pass<'_>) -> Result<LmOutput> {
-        pass.check(&self.sites)?;
         let (b, t) = input.validate(&self.spec)?;
+        pass.check(&self.sites, b)?;
         let cache = KvCache::of(state, &self.sites)?;
-        let placed = cache.place(&input, (b, t), pass.position_offset(), self.spec.placement)?;
+        let placed = cache.place(&input, (b, t), &pass.position_offset()?, self.spec.placement)?;
         let (d, h) = (self.config.n_embd, self.config.n_head);
 
         let x = self.wte.forward(input.tokens, pass)?;

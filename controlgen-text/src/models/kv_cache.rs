@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use controlgen_core::layers::{Rotary, Rotations};
-use controlgen_core::{Error, LmInput, Mask, Placement, Result, SiteMap, State, StateImpl};
+use controlgen_core::{Error, LmInput, Mask, Offset, Placement, Result, SiteMap, State, StateImpl};
 use tch::{Device, Kind, Tensor};
 
 /// Keys and values of every layer, in buffers with room to grow.
@@ -102,18 +102,18 @@ impl KvCache {
         if Arc::ptr_eq(&cache.sites, sites) { Ok(cache) } else { Err(Error::ForeignState { expected }) }
     }
 
-    /// Places the new tokens `[B, T]` of `input` after those held; `offset` positions stand before all of them.
+    /// Places the new tokens `[B, T]` of `input` after those held; positions count from `offset`.
     pub fn place(
         &self,
         input: &LmInput<'_>,
         (batch, len): (i64, i64),
-        offset: i64,
+        offset: &Offset,
         placement: Placement,
     ) -> Result<Placed> {
         if batch != self.rows {
             return Err(Error::value("rows of the input", format!("{} as the state has", self.rows), batch));
         }
-        let needed = self.len + len + offset;
+        let needed = self.len + len + offset.most();
         if needed > self.context {
             return Err(Error::Context { limit: self.context, needed });
         }
@@ -123,10 +123,26 @@ impl KvCache {
             _ => None,
         };
         let padded = new.is_some() || self.keep.is_some();
-        let positions = match (input.positions, padded) {
-            (Some(positions), _) => Positions::Rows(positions.f_to_device(device)?.f_add_scalar(offset)?),
-            (None, false) => Positions::Range(self.len + offset),
-            (None, true) => {
+        let offset_by = |positions: Tensor| -> Result<Tensor> {
+            Ok(match offset {
+                Offset::All(0) => positions,
+                Offset::All(n) => positions.f_add_scalar(*n)?,
+                Offset::Rows(rows) => {
+                    if i64::try_from(rows.len()) != Ok(batch) {
+                        return Err(Error::value("rows of the position offset", batch, rows.len()));
+                    }
+                    positions.f_add(&Tensor::f_from_slice(rows)?.f_to_device(device)?.f_unsqueeze(1)?)?
+                }
+            })
+        };
+        let positions = match (input.positions, padded, offset) {
+            (Some(positions), ..) => Positions::Rows(offset_by(positions.f_to_device(device)?)?),
+            (None, false, Offset::All(n)) => Positions::Range(self.len + n),
+            (None, false, Offset::Rows(_)) => {
+                let range = Tensor::f_arange_start(self.len, self.len + len, (Kind::Int64, device))?;
+                Positions::Rows(offset_by(range.f_unsqueeze(0)?)?)
+            }
+            (None, true, _) => {
                 let mut positions = match &new {
                     Some(keep) => keep.f_cumsum(1, Kind::Int64)?.f_sub_scalar(1)?,
                     None => Tensor::f_arange(len, (Kind::Int64, device))?
@@ -139,7 +155,7 @@ impl KvCache {
                 } else {
                     positions = positions.f_add_scalar(self.len)?;
                 }
-                Positions::Rows(positions.f_clamp_min(0)?.f_add_scalar(offset)?)
+                Positions::Rows(offset_by(positions.f_clamp_min(0)?)?)
             }
         };
         if !padded {

@@ -369,10 +369,10 @@ impl LanguageModel for Llama {
     }
 
     fn forward(&self, input: LmInput<'_>, state: &mut State, pass: &Pass<'_>) -> Result<LmOutput> {
-        pass.check(&self.sites)?;
         let (b, t) = input.validate(&self.spec)?;
+        pass.check(&self.sites, b)?;
         let cache = KvCache::of(state, &self.sites)?;
-        let placed = cache.place(&input, (b, t), pass.position_offset(), self.spec.placement)?;
+        let placed = cache.place(&input, (b, t), &pass.position_offset()?, self.spec.placement)?;
         let rotations = placed.rotations(&self.rotary)?;
         let (h, hk, hd) =
             (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim);

@@ -4,7 +4,7 @@ mod sampling;
 
 use controlgen_core::progress::Flow;
 use controlgen_core::{
-    Error, LanguageModel, LmInput, Pass, Result, Rows, Source, State, TokenControl, TokenControls,
+    Error, Lanes, LanguageModel, LmInput, Pass, Result, Rows, Source, State, TokenControl, TokenControls,
 };
 use tch::{Kind, Tensor};
 
@@ -20,7 +20,7 @@ pub struct Task<'a> {
     pub prompts: &'a [Vec<i64>],
     /// Controls over the next token.
     pub controls: &'a TokenControls,
-    /// Controls inside the model.
+    /// Controls inside the model, and the lane of each prompt, which its completions keep.
     pub pass: Pass<'a>,
     /// How many tokens may be generated.
     pub max_new_tokens: usize,
@@ -34,6 +34,8 @@ impl Task<'_> {
     /// Refuses what cannot be run.
     fn validate(&self) -> Result<()> {
         let spec = self.lm.spec();
+        self.pass.check(self.lm.sites(), i64::try_from(self.prompts.len()).unwrap_or(i64::MAX))?;
+        let offset = self.pass.position_offset()?.most();
         if self.prompts.is_empty() {
             return Err(Error::value("prompts", "at least one", 0));
         }
@@ -45,7 +47,7 @@ impl Task<'_> {
             let what = format!("token id in prompt {i}");
             prompt.iter().try_for_each(|&id| in_vocabulary(&what, id, spec.vocab))?;
             let len = i64::try_from(prompt.len()).unwrap_or(i64::MAX);
-            let needed = len.saturating_add(self.pass.position_offset());
+            let needed = len.saturating_add(offset);
             if needed > spec.context {
                 return Err(Error::Context { limit: spec.context, needed });
             }
@@ -176,13 +178,6 @@ pub fn prefill(
     Ok((state, next_logits(&output.logits)?))
 }
 
-/// One token more for each row: the next token's logits `[B, V]`.
-fn extend(lm: &dyn LanguageModel, tokens: &[i64], state: &mut State, pass: &Pass<'_>) -> Result<Tensor> {
-    let device = lm.spec().placement.device;
-    let ids = Tensor::f_from_slice(tokens)?.f_unsqueeze(1)?.f_to_device(device)?;
-    next_logits(&lm.forward(LmInput::ids(&ids).last(), state, pass)?.logits)
-}
-
 /// `[B, T, V]` to the last position's `[B, V]`, f32 and contiguous.
 fn next_logits(logits: &Tensor) -> Result<Tensor> {
     Ok(logits.f_select(1, -1)?.f_to_kind(Kind::Float)?.f_contiguous()?)
@@ -193,12 +188,41 @@ struct Live {
     state: State,
     controls: <TokenControls as TokenControl>::State,
     logits: Tensor,
+    lanes: Option<Lanes>,
 }
 
 impl Live {
+    /// The prompts, read: one row each.
+    fn start(task: &Task<'_>) -> Result<Self> {
+        let (state, logits) = prefill(task.lm, task.prompts, &task.pass, task.max_new_tokens)?;
+        let controls = task.controls.start(task.prompts)?;
+        Ok(Self { state, controls, logits, lanes: task.pass.lanes.cloned() })
+    }
+
     fn reorder(&mut self, rows: &[i64]) -> Result<()> {
         self.state.reorder(rows)?;
         self.controls.reorder(rows)?;
-        self.logits.reorder(rows)
+        self.logits.reorder(rows)?;
+        self.lanes.as_mut().map_or(Ok(()), |lanes| lanes.reorder(rows))
+    }
+
+    /// The task's pass over these rows.
+    fn pass<'p>(&'p self, task: &Task<'p>) -> Pass<'p> {
+        Pass { lanes: self.lanes.as_ref(), ..task.pass }
+    }
+
+    /// Whether a token more is one too many for the model.
+    fn full(&self, task: &Task<'_>) -> Result<bool> {
+        Ok(self.state.len() + 1 + self.pass(task).position_offset()?.most() > task.lm.spec().context)
+    }
+
+    /// Reads the token chosen for each row.
+    fn extend(&mut self, task: &Task<'_>, tokens: &[i64]) -> Result<()> {
+        let ids =
+            Tensor::f_from_slice(tokens)?.f_unsqueeze(1)?.f_to_device(task.lm.spec().placement.device)?;
+        let pass = Pass { lanes: self.lanes.as_ref(), ..task.pass };
+        self.logits =
+            next_logits(&task.lm.forward(LmInput::ids(&ids).last(), &mut self.state, &pass)?.logits)?;
+        Ok(())
     }
 }

@@ -4,7 +4,7 @@ use controlgen_core::noise::Stream;
 use controlgen_core::progress::Flow;
 use controlgen_core::{Error, Result, TokenControl};
 
-use super::{After, Chosen, Finish, Hypothesis, Listener, Live, Task, extend, prefill};
+use super::{After, Chosen, Finish, Hypothesis, Listener, Live, Task};
 use crate::sample;
 
 /// How a token is chosen from the controlled scores.
@@ -32,8 +32,7 @@ pub enum Choice {
 pub fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
     let _guard = tch::no_grad_guard();
     task.validate()?;
-    let (state, logits) = prefill(task.lm, task.prompts, &task.pass, task.max_new_tokens)?;
-    let mut live = Live { state, controls: task.controls.start(task.prompts)?, logits };
+    let mut live = Live::start(task)?;
 
     let pairs = || (0..task.prompts.len()).flat_map(|prompt| (0..task.n).map(move |sample| (prompt, sample)));
     let mut hypotheses: Vec<Hypothesis> = pairs()
@@ -106,7 +105,7 @@ pub fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) ->
             hypothesis.score += task.controls.finish(&live.controls, i)?;
         }
         let cancelled = listener.step(tokens.len() as u64) == Flow::Stop;
-        let full = live.state.len() + 1 + task.pass.position_offset() > task.lm.spec().context;
+        let full = live.full(task)?;
         let reason = match (step + 1 == task.max_new_tokens, full, cancelled) {
             (true, _, _) => Some(Finish::Length),
             (_, true, _) => Some(Finish::Context),
@@ -128,7 +127,7 @@ pub fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) ->
             rows = going.iter().map(|&i| rows[i]).collect();
         }
         let next: Vec<i64> = going.iter().map(|&i| tokens[i]).collect();
-        live.logits = extend(task.lm, &next, &mut live.state, &task.pass)?;
+        live.extend(task, &next)?;
     }
     Ok(hypotheses)
 }

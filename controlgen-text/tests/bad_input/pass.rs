@@ -2,8 +2,8 @@
 
 use controlgen_core::testing::{TableLm, TableLmConfig};
 use controlgen_core::{
-    At, Binding, Control, Controls, Error, LanguageModel, LmInput, Pass, Result, Rows, SiteKind, SiteMap,
-    Source,
+    At, Binding, Control, Controls, Error, Lanes, LanguageModel, LmInput, Pass, Result, Rows, SiteKind,
+    SiteMap, Source,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -168,6 +168,19 @@ impl Control for Failing {
     }
     fn hidden(&self, _at: At<'_>, _h: Tensor, _residual: &Tensor) -> Result<Tensor> {
         Err(Error::unsupported("this control", "others"))
+    }
+}
+
+#[test]
+fn lanes_of_another_number_of_rows() {
+    for name in MODELS {
+        let lm = open(name);
+        let lanes = Lanes::samples(3);
+        let pass = Pass { lanes: Some(&lanes), ..Pass::default() };
+        let mut state = start(&*lm, 1);
+        let output = lm.forward(LmInput::ids(&ids(&[1, 2], &[1, 2])), &mut state, &pass);
+        refused(output, &["lanes", "1, one a row", "3"]);
+        assert!(state.is_empty());
     }
 }
 
