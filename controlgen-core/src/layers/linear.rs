@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::weight::{Weight, product};
+use super::product::product;
 use crate::{Error, Pass, Result, SiteId, WeightMap};
 
 /// One linear site of a [`Linear`]: a range of its outputs.
@@ -18,7 +18,7 @@ struct Part {
 /// multiplied by itself, so that the others keep their input.
 pub struct Linear {
     /// `[Σ outputs, inputs]`
-    weight: Weight,
+    weight: Tensor,
     /// `[Σ outputs]`
     bias: Option<Tensor>,
     parts: Vec<Part>,
@@ -30,21 +30,10 @@ impl Linear {
     /// # Errors
     /// [`Error::Shape`] where these disagree.
     pub fn new(weight: Tensor, bias: Option<Tensor>, parts: &[(SiteId, i64)]) -> Result<Self> {
-        Self::with(Weight::pack(weight, false)?, bias, parts)
-    }
-
-    /// The same over a weight that is also used elsewhere, as a table of embeddings tied to the output is.
-    ///
-    /// # Errors
-    /// As [`Linear::new`].
-    pub fn tied(weight: &Tensor, bias: Option<Tensor>, parts: &[(SiteId, i64)]) -> Result<Self> {
-        Self::with(Weight::pack(weight.shallow_clone(), true)?, bias, parts)
-    }
-
-    fn with(weight: Weight, bias: Option<Tensor>, parts: &[(SiteId, i64)]) -> Result<Self> {
         let outputs: i64 = parts.iter().map(|part| part.1).sum();
-        if weight.shape()[0] != outputs {
-            return Err(Error::shape("linear weight", format!("[{outputs}, inputs]"), &weight.shape()));
+        let shape = weight.size();
+        if shape.len() != 2 || shape[0] != outputs {
+            return Err(Error::shape("linear weight", format!("[{outputs}, inputs]"), &shape));
         }
         if let Some(bias) = bias.as_ref().filter(|bias| bias.size() != [outputs]) {
             return Err(Error::shape("linear bias", format!("[{outputs}]"), &bias.size()));
@@ -57,18 +46,15 @@ impl Linear {
     #[must_use]
     pub fn handle(&self) -> Self {
         Self {
-            weight: self.weight.handle(),
+            weight: self.weight.shallow_clone(),
             bias: self.bias.as_ref().map(Tensor::shallow_clone),
             parts: self.parts.clone(),
         }
     }
 
     /// The weight, `[Σ outputs, inputs]`.
-    ///
-    /// # Errors
-    /// Those of LibTorch, where it has to be unpacked.
-    pub fn weight(&self) -> Result<&Tensor> {
-        self.weight.plain()
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
     }
 
     /// The layer over another table than it was tied to.
@@ -76,10 +62,10 @@ impl Linear {
     /// # Errors
     /// [`Error::Shape`] for a table of another shape.
     pub fn retied(&self, weight: &Tensor) -> Result<Self> {
-        if weight.size() != self.weight.shape() {
-            return Err(Error::shape("a tied weight", format!("{:?}", self.weight.shape()), &weight.size()));
+        if weight.size() != self.weight.size() {
+            return Err(Error::shape("a tied weight", format!("{:?}", self.weight.size()), &weight.size()));
         }
-        Ok(Self { weight: Weight::pack(weight.shallow_clone(), true)?, ..self.handle() })
+        Ok(Self { weight: weight.shallow_clone(), ..self.handle() })
     }
 
     /// Whether any control acts at a part.
@@ -96,7 +82,7 @@ impl Linear {
     }
 
     fn product(&self, x: &Tensor) -> Result<Tensor> {
-        self.weight.product(x, self.bias.as_ref())
+        product(x, &self.weight, self.bias.as_ref())
     }
 
     fn forward_controlled(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
@@ -109,7 +95,7 @@ impl Linear {
                 Some(y) => pass.linear(part.site, x, y.f_narrow(-1, start, part.outputs)?)?,
                 None => {
                     let x = pass.input(part.site, x.shallow_clone())?;
-                    let weight = self.weight.plain()?.f_narrow(0, start, part.outputs)?;
+                    let weight = self.weight.f_narrow(0, start, part.outputs)?;
                     let bias = self.bias.as_ref().map(|b| b.f_narrow(0, start, part.outputs)).transpose()?;
                     let y = product(&x, &weight, bias.as_ref())?;
                     pass.linear(part.site, &x, y)?
@@ -130,9 +116,8 @@ impl Linear {
     /// [`Error::Shape`] for a weight of another shape; `f`'s own.
     pub fn map_weights(&self, f: WeightMap<'_>) -> Result<Self> {
         let (mut start, mut changed, mut weights) = (0, false, Vec::with_capacity(self.parts.len()));
-        let plain = self.weight.to_plain()?;
         for part in &self.parts {
-            let old = plain.f_narrow(0, start, part.outputs)?;
+            let old = self.weight.f_narrow(0, start, part.outputs)?;
             start += part.outputs;
             weights.push(match f(part.site, &old)? {
                 Some(new) if new.size() != old.size() => {
@@ -148,7 +133,7 @@ impl Linear {
         if !changed {
             return Ok(self.handle());
         }
-        Ok(Self { weight: Weight::pack(Tensor::f_cat(&weights, 0)?, false)?, ..self.handle() })
+        Ok(Self { weight: Tensor::f_cat(&weights, 0)?, ..self.handle() })
     }
 }
 
@@ -206,10 +191,8 @@ mod tests {
         // An input control at k leaves q's input alone, and k's bias out of it.
         let y = run("k", "q");
         assert!(y.narrow(-1, 0, 3).allclose(&(plain.narrow(-1, 0, 3) * 2.0), 1e-6, 1e-6, false));
-        let k = (&x * 3.0).linear(
-            &layer.weight().unwrap().narrow(0, 3, 2),
-            layer.bias.as_ref().map(|b| b.narrow(0, 3, 2)).as_ref(),
-        );
+        let k = (&x * 3.0)
+            .linear(&layer.weight().narrow(0, 3, 2), layer.bias.as_ref().map(|b| b.narrow(0, 3, 2)).as_ref());
         assert!(y.narrow(-1, 3, 2).allclose(&k, 1e-6, 1e-6, false));
     }
 
@@ -218,11 +201,11 @@ mod tests {
         let (sites, layer) = fused();
         let k = sites.select(SiteKind::Linear, "k").unwrap()[0];
         let same = layer.map_weights(&mut |_, _| Ok(None)).unwrap();
-        let weight = layer.weight().unwrap();
-        assert_eq!(same.weight().unwrap().data_ptr(), weight.data_ptr());
+        let weight = layer.weight();
+        assert_eq!(same.weight().data_ptr(), weight.data_ptr());
         let mapped = layer.map_weights(&mut |site, w| Ok((site == k).then(|| w * 2.0))).unwrap();
-        assert!(mapped.weight().unwrap().narrow(0, 0, 3).equal(&weight.narrow(0, 0, 3)));
-        assert!(mapped.weight().unwrap().narrow(0, 3, 2).equal(&(weight.narrow(0, 3, 2) * 2.0)));
+        assert!(mapped.weight().narrow(0, 0, 3).equal(&weight.narrow(0, 0, 3)));
+        assert!(mapped.weight().narrow(0, 3, 2).equal(&(weight.narrow(0, 3, 2) * 2.0)));
         let bad = layer.map_weights(&mut |_, w| Ok(Some(w.narrow(0, 0, 1))));
         assert!(matches!(bad, Err(Error::Shape { .. })));
     }

@@ -4,8 +4,8 @@ mod activation;
 mod embedding;
 mod linear;
 mod norm;
+mod product;
 mod rotary;
-mod weight;
 
 pub use activation::Activation;
 pub use embedding::Embedding;

@@ -267,7 +267,7 @@ impl TableLm {
             vocab: index(self.spec.vocab),
             order: self.order,
             embed: flat(self.embed.weight())?,
-            head: flat(self.head.weight()?)?,
+            head: flat(self.head.weight())?,
             seen: HashMap::new(),
         })
     }

@@ -169,7 +169,7 @@ impl Gpt2 {
         let dims = Dims::Linear { inputs: d, outputs: c.vocab_size };
         let head = [(sites.add("lm_head", dims), c.vocab_size)];
         let lm_head = if c.tie_word_embeddings {
-            Linear::tied(wte.weight(), None, &head)?
+            Linear::new(wte.weight().shallow_clone(), None, &head)?
         } else {
             Linear::new(weights.get("lm_head.weight", &[c.vocab_size, d])?, None, &head)?
         };

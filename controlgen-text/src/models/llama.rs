@@ -263,7 +263,7 @@ impl Llama {
         let dims = Dims::Linear { inputs: d, outputs: c.vocab_size };
         let head = [(sites.add("lm_head", dims), c.vocab_size)];
         let lm_head = if c.tie_word_embeddings {
-            Linear::tied(embed_tokens.weight(), None, &head)?
+            Linear::new(embed_tokens.weight().shallow_clone(), None, &head)?
         } else {
             Linear::new(weights.get("lm_head.weight", &[c.vocab_size, d])?, None, &head)?
         };
