@@ -2,6 +2,7 @@
 
 pub mod conformance;
 pub mod decode;
+pub mod device_suite;
 pub mod models;
 
 use std::process::ExitCode;

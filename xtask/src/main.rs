@@ -2,6 +2,7 @@
 
 mod arguments;
 mod demo;
+mod device_suite;
 mod failure;
 mod process;
 mod repository;
@@ -30,6 +31,10 @@ cargo xtask demo [ARGUMENTS]
 cargo xtask test [--only STEP]... [--skip STEP]... [--list]
     Set-up, then every check and test, stopping at the first that fails. --list names the steps.
 
+cargo xtask device-suite
+    Builds the checks of a device (parity, distributions, times) and packs them, so that they can be carried to a machine
+    that has the device and Python's torch 2.11, but no cargo.
+
 cargo xtask help
     This text.
 ";
@@ -53,6 +58,7 @@ fn run() -> Result<()> {
         "setup" => setup::command(arguments),
         "demo" => demo::command(arguments),
         "test" => suite::command(arguments),
+        "device-suite" => device_suite::command(arguments),
         "help" | "--help" | "-h" => {
             print!("{HELP}");
             Ok(())

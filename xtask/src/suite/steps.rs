@@ -44,6 +44,7 @@ pub const STEPS: &[Step] = &[
     },
     Step { name: "downstream", about: "a crate outside the workspace", needs_setup: true, run: downstream },
     Step { name: "demo", about: "text from the model under controls", needs_setup: true, run: demo },
+    Step { name: "device", about: "the checks of a device, on the CPU", needs_setup: true, run: device },
     Step { name: "docs-rs", about: "the documentation without LibTorch", needs_setup: false, run: docs_rs },
 ];
 
@@ -171,6 +172,13 @@ fn demo(suite: &Suite) -> Result<Outcome> {
     let binary = process::build_binary(&mut command, "demo")?;
     demo::check(&suite.repository, &binary)?;
     Ok(Outcome::Passed)
+}
+
+fn device(suite: &Suite) -> Result<Outcome> {
+    let mut command = suite.cargo(&["build", "-p", "benches", "--bin", "device-suite"]);
+    println!("$ {}", process::shown(&command));
+    let binary = process::build_binary(&mut command, "device-suite")?;
+    run(process::started_directly(&binary, suite.repository.root()).args(["--device", "cpu"]))
 }
 
 /// As docs.rs does it, and with a LibTorch that is not there, to show that none is needed. Cargo keeps what it compiles
