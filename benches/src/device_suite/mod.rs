@@ -5,7 +5,7 @@
 
 mod distribution;
 mod parity;
-mod random_llama;
+pub mod random_llama;
 mod timing;
 
 use std::fmt;
