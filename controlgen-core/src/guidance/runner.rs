@@ -217,7 +217,7 @@ impl Guider {
             Ok(made.swap_remove(0))
         };
         let out = Outputs::new(leaf, predictions).with_late(&late);
-        let prediction = out.get(self.base)?.handle();
+        let prediction = out.base()?.handle();
         let mut guided = Guided { x: out.x().shallow_clone(), prediction, shift: None };
         for (stage, memory) in self.stages.iter().zip(&mut run.memories) {
             let made = stage.guide(step, &out, guided, memory).and_then(|guided| {
