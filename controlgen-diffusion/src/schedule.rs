@@ -99,7 +99,8 @@ impl DiffusionSchedule {
     /// # Errors
     /// [`Error::Value`] for one that is not in 0 .. T.
     pub fn level(&self, timestep: f64) -> Result<NoiseLevel> {
-        let found = self.alphas_cumprod.get(timestep as usize).filter(|_| timestep >= 0.0 && timestep.fract() == 0.0);
+        let found =
+            self.alphas_cumprod.get(timestep as usize).filter(|_| timestep >= 0.0 && timestep.fract() == 0.0);
         let Some(&alpha_bar) = found else {
             let expected = format!("a whole number in 0 .. {}", self.alphas_cumprod.len());
             return Err(Error::value("timestep", expected, timestep));
@@ -120,7 +121,9 @@ impl DiffusionSchedule {
             Spacing::Leading { offset } => (i * all.div_euclid(n)) as f64 + offset as f64,
             Spacing::Linspace if n == 1 => 0.0,
             Spacing::Linspace => (i as f64 * (all - 1) as f64 / (n - 1) as f64).round_ties_even(),
-            Spacing::Trailing => (all as f64 - (n - 1 - i) as f64 * all as f64 / n as f64).round_ties_even() - 1.0,
+            Spacing::Trailing => {
+                (all as f64 - (n - 1 - i) as f64 * all as f64 / n as f64).round_ties_even() - 1.0
+            }
         };
         let timesteps: Vec<f64> = (0..n).rev().map(of).collect();
         if let Some(t) = timesteps.iter().find(|&&t| t < 0.0 || t >= all as f64) {
@@ -152,7 +155,8 @@ pub fn steps(
     }
     let levels = timesteps.iter().map(|&t| level(t)).collect::<Result<Vec<_>>>()?;
     let next = levels.iter().skip(1).copied().chain([last]);
-    let step = |(index, ((&timestep, &level), next))| Step { index, of: timesteps.len(), timestep, level, next };
+    let step =
+        |(index, ((&timestep, &level), next))| Step { index, of: timesteps.len(), timestep, level, next };
     Ok(timesteps.iter().zip(&levels).zip(next).enumerate().map(step).collect())
 }
 

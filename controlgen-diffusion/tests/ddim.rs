@@ -62,11 +62,17 @@ fn tables_and_timesteps_are_diffusers() {
         let expected = numbers(&fixtures[&format!("{name}.alphas_cumprod")]);
         assert_eq!(found.len(), expected.len());
         for (found, expected) in found.iter().zip(expected) {
-            assert!((found - expected).abs() < 1e-6 + 2e-4 * expected.min(1e-2), "{name}: {found} {expected}");
+            assert!(
+                (found - expected).abs() < 1e-6 + 2e-4 * expected.min(1e-2),
+                "{name}: {found} {expected}"
+            );
         }
     }
-    let spacings =
-        [("leading", Spacing::Leading { offset: 1 }), ("linspace", Spacing::Linspace), ("trailing", Spacing::Trailing)];
+    let spacings = [
+        ("leading", Spacing::Leading { offset: 1 }),
+        ("linspace", Spacing::Linspace),
+        ("trailing", Spacing::Trailing),
+    ];
     let mut compared = 0;
     for (name, spacing) in spacings {
         for n in [1, 7, 50] {
@@ -169,8 +175,7 @@ fn without_eta_it_solves_the_probability_flow() {
 fn inversion_is_the_way_back() {
     let schedule = schedule("scaled_linear");
     let model_schedule = schedule.clone();
-    let model =
-        MixtureDenoiser::new(line(), Parameterisation::V, move |t| model_schedule.level(t)).unwrap();
+    let model = MixtureDenoiser::new(line(), Parameterisation::V, move |t| model_schedule.level(t)).unwrap();
     let guider = Guider::new(Box::new(model), vec![vec![Condition::Null]], None, 0).unwrap();
     let ddim = Ddim::new(0.0).unwrap();
     let times: Vec<f64> = (0..1000).rev().map(f64::from).collect();
@@ -208,11 +213,21 @@ fn what_is_no_schedule_no_way_or_no_eta_is_refused() {
     fn value<T>(result: Result<T>) -> bool {
         matches!(result, Err(Error::Value { .. }))
     }
-    for bad in [vec![], vec![0.5, 0.5], vec![0.5, 0.6], vec![1.0], vec![0.5, 0.0, 0.0], vec![f64::NAN], vec![0.5, -0.1]] {
+    for bad in [
+        vec![],
+        vec![0.5, 0.5],
+        vec![0.5, 0.6],
+        vec![1.0],
+        vec![0.5, 0.0, 0.0],
+        vec![f64::NAN],
+        vec![0.5, -0.1],
+    ] {
         assert!(value(DiffusionSchedule::new(bad.clone())), "{bad:?}");
     }
     assert!(DiffusionSchedule::new(vec![0.5, 0.0]).is_ok(), "it may end in pure noise");
-    assert!(value(DiffusionSchedule::linear(0.0, 0.02, 10)) && value(DiffusionSchedule::linear(0.1, 1.1, 10)));
+    assert!(
+        value(DiffusionSchedule::linear(0.0, 0.02, 10)) && value(DiffusionSchedule::linear(0.1, 1.1, 10))
+    );
     assert!(value(DiffusionSchedule::cosine(0)) && value(DiffusionSchedule::linear(0.1, 0.2, 0)));
     let schedule = schedule("linear");
     for bad in [-1.0, 1000.0, 0.5, f64::NAN] {
@@ -220,7 +235,9 @@ fn what_is_no_schedule_no_way_or_no_eta_is_refused() {
         assert!(value(schedule.steps(&[bad])));
     }
     assert!(value(schedule.steps(&[])));
-    assert!(value(schedule.timesteps(0, Spacing::Trailing)) && value(schedule.timesteps(1001, Spacing::Linspace)));
+    assert!(
+        value(schedule.timesteps(0, Spacing::Trailing)) && value(schedule.timesteps(1001, Spacing::Linspace))
+    );
     assert!(value(schedule.timesteps(1000, Spacing::Leading { offset: 1 })));
     for eta in [-0.1, 1.1, f64::NAN] {
         assert!(value(Ddim::new(eta)));

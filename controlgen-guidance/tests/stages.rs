@@ -6,12 +6,13 @@ use controlgen_core::guidance::{Branch, Guided, Guider, Needs, Step};
 use controlgen_core::noise::Noise;
 use controlgen_core::testing::{Component, Mixture, MixtureDenoiser};
 use controlgen_core::{
-    At, Binding, Condition, Control, Controls, Denoiser, Energy, Error, Guidance, NoiseLevel, Parameterisation,
-    Result, SiteKind, SiteMap,
+    At, Binding, Condition, Control, Controls, Denoiser, Energy, Error, Guidance, NoiseLevel,
+    Parameterisation, Result, SiteKind, SiteMap,
 };
 use controlgen_diffusion::{Ddim, sample, steps};
 use controlgen_guidance::{
-    ClassifierFreeGuidance, ClassifierGuidance, GuidanceInterval, PerturbedAttentionGuidance, UniversalGuidance,
+    ClassifierFreeGuidance, ClassifierGuidance, GuidanceInterval, PerturbedAttentionGuidance,
+    UniversalGuidance,
 };
 use tch::{Kind, Tensor, kind::DOUBLE_CPU};
 
@@ -96,9 +97,8 @@ fn classifier_free_guidance_is_its_formula() {
     let (u, c, d) = (of(None), of(Some(0)), of(Some(1)));
     for form in FORMS {
         let model = model(form);
-        let run = |stage: ClassifierFreeGuidance| {
-            predict(&guider(&model, None).with(stage), &x(3), &step).unwrap()
-        };
+        let run =
+            |stage: ClassifierFreeGuidance| predict(&guider(&model, None).with(stage), &x(3), &step).unwrap();
         let free = |scale| ClassifierFreeGuidance::new(scale).unwrap();
         for scale in [-1.0, 0.0, 0.7, 1.0, 7.5] {
             let guided = run(free(scale)).epsilon(step.level).unwrap();
@@ -159,7 +159,8 @@ fn branches_and_gradients_of_one_graph_are_one_call() {
     let n = 12;
     let times: Vec<f64> = (0..n).map(|i| 0.9 * (1.0 - i as f64 / n as f64)).collect();
     let steps = steps(&times, level, NoiseLevel::CLEAN).unwrap();
-    let _ = sample(&Ddim::new(1.0).unwrap(), &guider, x(4), &steps, &mut Noise::seeded(1).streams(4)).unwrap();
+    let _ =
+        sample(&Ddim::new(1.0).unwrap(), &guider, x(4), &steps, &mut Noise::seeded(1).streams(4)).unwrap();
     // u, c and the perturbed c: 3 rows a sample, one call a step.
     assert_eq!(model.counts(), (n, n * 3 * 4));
 }
@@ -228,7 +229,10 @@ fn branches_that_cannot_be_given_are_refused_before_the_run() {
         names.iter().for_each(|name| assert!(error.to_string().contains(name), "{error}"));
     };
     let one = || Guider::new(model.handle(), vec![vec![Condition::Null]], None, 0).unwrap();
-    refused(one().with(ClassifierFreeGuidance::new(2.0).unwrap()), &["classifier-free guidance", "condition 1"]);
+    refused(
+        one().with(ClassifierFreeGuidance::new(2.0).unwrap()),
+        &["classifier-free guidance", "condition 1"],
+    );
     let perturbed = || PerturbedAttentionGuidance::new(2.0).unwrap();
     refused(one().with(perturbed()), &["perturbed-attention guidance", "condition 1"]);
     refused(guider(&model, None).with(perturbed()), &["perturbed-attention guidance", "variant 1"]);
@@ -276,7 +280,10 @@ fn bad_energies_are_named_with_stage_step_and_norm() {
         let Error::NotFinite { what, at, found } = &error else { panic!("{error}") };
         assert_eq!(what, &format!("{stage}: gradient of the energy"));
         assert_eq!(at, "rows 1, 2, step 3 of 8");
-        assert!(found.starts_with("NaN, norm NaN (") && found.ends_with("over its finite numbers)"), "{found}");
+        assert!(
+            found.starts_with("NaN, norm NaN (") && found.ends_with("over its finite numbers)"),
+            "{found}"
+        );
     }
     // Row 0's gradient is 3 x / |x|, of norm 3.
     assert!(noised(root).to_string().contains("(3.0000e0 over"), "{}", noised(root));
@@ -284,8 +291,13 @@ fn bad_energies_are_named_with_stage_step_and_norm() {
     assert!(matches!(&infinite, Error::NotFinite { .. }), "{infinite}");
     let energy = image(|x| wavy(x) / 0.0);
     assert_eq!(energy.to_string(), "universal guidance: energy: infinity at rows 0, 1, 2, step 3 of 8");
-    for (error, found) in [(noised(|x| wavy(x).sum(Kind::Double)), "[]"), (image(|x| x.cos()), "[3, 2, 1, 1]")] {
-        assert!(matches!(&error, Error::Shape { expected, found: f, .. } if expected == "[3]" && f == found), "{error}");
+    for (error, found) in
+        [(noised(|x| wavy(x).sum(Kind::Double)), "[]"), (image(|x| x.cos()), "[3, 2, 1, 1]")]
+    {
+        assert!(
+            matches!(&error, Error::Shape { expected, found: f, .. } if expected == "[3]" && f == found),
+            "{error}"
+        );
     }
     let apart = noised(|_| Tensor::zeros([3], DOUBLE_CPU));
     assert!(matches!(&apart, Error::NotDifferentiable { what } if what.starts_with("classifier guidance")));

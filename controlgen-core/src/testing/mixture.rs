@@ -64,7 +64,11 @@ impl Mixture {
         for (i, Component { mean, deviation, weight, class }) in components.iter().enumerate() {
             if i64::try_from(mean.len()) != Ok(dimensions) {
                 let found = [i64::try_from(mean.len()).unwrap_or(i64::MAX)];
-                return Err(Error::shape(format!("mean of component {i}"), format!("[{dimensions}]"), &found));
+                return Err(Error::shape(
+                    format!("mean of component {i}"),
+                    format!("[{dimensions}]"),
+                    &found,
+                ));
             }
             if let Some(j) = mean.iter().position(|x| !x.is_finite()) {
                 let (what, found) = (format!("mean of component {i}"), mean[j].to_string());
@@ -193,7 +197,8 @@ impl Mixture {
         let distance = x.f_unsqueeze(1)?.f_sub(&means)?.f_square()?;
         let distance = distance.f_sum_dim_intlist(&[2i64][..], false, None::<Kind>)?; // (B, K)
         let constant = 0.5 * (c * h * w) as f64;
-        let log_scale = variances.f_mul_scalar(2.0 * std::f64::consts::PI)?.f_log()?.f_mul_scalar(constant)?;
+        let log_scale =
+            variances.f_mul_scalar(2.0 * std::f64::consts::PI)?.f_log()?.f_mul_scalar(constant)?;
         let log_joint = distance.f_div(&variances)?.f_mul_scalar(-0.5)?.f_sub(&log_scale)?;
         Ok(Posterior { log_joint: log_joint.f_add(log_weights)?, x, alpha, sigma, variances })
     }

@@ -87,7 +87,10 @@ mod tests {
         assert_eq!(m([1.0, 2.0, 3.0, 4.0]).weighted(&w), m([2.0, -6.0, 6.0, -12.0]));
         assert_eq!(m([1.0, 2.0, 3.0, 4.0]).weighted(&[0.0, 0.0]), Columns::Zero);
         assert_eq!(Columns::Zero.plus(Columns::Identity, 2), Columns::Identity);
-        assert_eq!(Columns::Identity.plus(Columns::Diagonal(w.to_vec()), 2), Columns::Diagonal(vec![3.0, -2.0]));
+        assert_eq!(
+            Columns::Identity.plus(Columns::Diagonal(w.to_vec()), 2),
+            Columns::Diagonal(vec![3.0, -2.0])
+        );
         assert_eq!(m([0.0, 1.0, 0.0, 1.0]).plus(Columns::Identity, 2), m([1.0, 1.0, 0.0, 2.0]));
         assert_eq!(m([0.0, 1.0, 0.0, 1.0]).plus(m([1.0, -1.0, 0.0, 0.0]), 2), Columns::Identity);
     }

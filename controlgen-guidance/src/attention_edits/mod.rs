@@ -118,16 +118,17 @@ impl PromptToPrompt {
 
     /// The chain composed, for each stretch of steps in which the same edits act.
     fn stretches(&self) -> Result<Vec<Stretch>> {
-        let mut cuts: Vec<usize> = self.chain.iter().flat_map(|(_, steps)| [steps.start, steps.end]).collect();
+        let mut cuts: Vec<usize> =
+            self.chain.iter().flat_map(|(_, steps)| [steps.start, steps.end]).collect();
         cuts.sort_unstable();
         cuts.dedup();
         let mut stretches = Vec::new();
         for pair in cuts.windows(2) {
-            let active = self.chain.iter().filter(|(_, steps)| steps.contains(&pair[0]));
-            let edited = active.fold(Edited::NOTHING, |so_far, (edit, _)| edit.of(so_far));
-            if let (Columns::Zero, Columns::Identity) = (&edited.source, &edited.own) {
+            let active: Vec<_> = self.chain.iter().filter(|(_, steps)| steps.contains(&pair[0])).collect();
+            if active.is_empty() {
                 continue;
             }
+            let edited = active.into_iter().fold(Edited::NOTHING, |so_far, (edit, _)| edit.of(so_far));
             let (source, own) = (Operator::new(edited.source)?, Operator::new(edited.own)?);
             stretches.push(Stretch { steps: pair[0]..pair[1], source, own });
         }
@@ -160,7 +161,8 @@ impl Control for PromptToPrompt {
     }
 
     fn attention(&self, at: At<'_>, attn: Attn, next: Next<'_>) -> Result<Tensor> {
-        let Some(stretch) = self.stretches.iter().find(|stretch| stretch.steps.contains(&at.pass.step)) else {
+        let Some(stretch) = self.stretches.iter().find(|stretch| stretch.steps.contains(&at.pass.step))
+        else {
             return next.run(attn);
         };
         let (batch, _, queries, _) = attn.q.size4()?;
@@ -177,12 +179,14 @@ impl Control for PromptToPrompt {
         {
             return Err(Error::value("tokens of an attention edit", format!("{keys}, as there are keys"), n));
         }
+        if let (Operator::Zero, Operator::Identity) = (&stretch.source, &stretch.own) {
+            return next.run(attn);
+        }
         let device = attn.v.device();
         let rows = Tensor::f_from_slice(&rows)?.f_to_device(device)?;
         let sources = Tensor::f_from_slice(&sources)?.f_to_device(device)?;
-        let follow = |t: &Tensor| -> Result<Tensor> {
-            Ok(t.f_index_copy(0, &rows, &t.f_index_select(0, &sources)?)?)
-        };
+        let follow =
+            |t: &Tensor| -> Result<Tensor> { Ok(t.f_index_copy(0, &rows, &t.f_index_select(0, &sources)?)?) };
         let values = |operator: &Operator| -> Result<Tensor> {
             let Operator::Identity = operator else {
                 let v = operator.apply(&attn.v.f_index_select(0, &rows)?)?;

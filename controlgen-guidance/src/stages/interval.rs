@@ -51,13 +51,7 @@ impl Guidance for GuidanceInterval {
         if self.acts(step) { self.stage.before(step, x) } else { Ok(x) }
     }
 
-    fn guide(
-        &self,
-        step: &Step,
-        out: &Outputs<'_>,
-        so_far: Guided,
-        memory: &mut Memory,
-    ) -> Result<Guided> {
+    fn guide(&self, step: &Step, out: &Outputs<'_>, so_far: Guided, memory: &mut Memory) -> Result<Guided> {
         if self.acts(step) { self.stage.guide(step, out, so_far, memory) } else { Ok(so_far) }
     }
 }

@@ -41,7 +41,11 @@ impl PerturbedAttentionGuidance {
     pub fn of(self, perturbed: Branch) -> Result<Self> {
         let plain = Branch::of(perturbed.condition);
         if perturbed == plain {
-            return Err(Error::value("perturbed branch", "another variant or graph than 0", "the plain branch"));
+            return Err(Error::value(
+                "perturbed branch",
+                "another variant or graph than 0",
+                "the plain branch",
+            ));
         }
         Ok(Self { plain, perturbed, ..self })
     }

@@ -97,8 +97,8 @@ fn the_score_is_the_gradient_of_the_log_density() {
         assert_eq!(score.size(), [3, 2, 1, 2]);
         close((&score - &expected).abs().max().double_value(&[]), 0.0, 1e-10);
         // x = α x̂₀ + σ ε̂ is an identity of the two.
-        let back = mixture.x0(&noised).unwrap() * level.alpha()
-            + mixture.epsilon(&noised).unwrap() * level.sigma();
+        let back =
+            mixture.x0(&noised).unwrap() * level.alpha() + mixture.epsilon(&noised).unwrap() * level.sigma();
         close((back - &at).abs().max().double_value(&[]), 0.0, 1e-10);
     }
 }
@@ -140,7 +140,8 @@ fn the_distribution_of_projections_is_the_integral_of_the_density() {
             close(cdf(value), density.sum(Kind::Double).double_value(&[]) * 30.0 / f64::from(n), 1e-6);
         }
     }
-    let projected = plane().project(&[1.0, 0.0, -1.0, 0.5], &Tensor::arange(4, DOUBLE_CPU).view([1, 2, 1, 2]));
+    let projected =
+        plane().project(&[1.0, 0.0, -1.0, 0.5], &Tensor::arange(4, DOUBLE_CPU).view([1, 2, 1, 2]));
     assert_eq!(projected.unwrap(), [-0.5]);
 }
 

@@ -69,7 +69,8 @@ fn the_ends_are_exact() {
     // Only noise: x says nothing of x₀, whose mean is that of the data; ε is x.
     let model = model(Parameterisation::Velocity);
     let prepared = model.prepare(&[Condition::Class(1)], &Pass::default()).unwrap();
-    let u = |t: f64| model.predict(&x(1), &Tensor::from_slice(&[t]), &prepared, &Pass::default()).unwrap().value;
+    let u =
+        |t: f64| model.predict(&x(1), &Tensor::from_slice(&[t]), &prepared, &Pass::default()).unwrap().value;
     let mean = Tensor::from_slice(&[-1.0, 2.0]).view([1, 2, 1, 1]);
     assert!(distance(&u(1.0), &(x(1) - mean)) < 1e-12);
     // No noise: x₀ is x, and σ times the score is 0.
@@ -151,7 +152,8 @@ fn what_it_does_not_take_is_refused() {
     let features = Condition::Features(vec![("encoder_hidden_states".into(), x(1))]);
     assert!(matches!(model.prepare(&[features], &plain), Err(Error::Unsupported { .. })));
     let prepared = model.prepare(&[Condition::Null], &plain).unwrap();
-    let predict = |x: Tensor, t: f64| model.predict(&x, &Tensor::from_slice(&[t]), &prepared, &plain).map(drop);
+    let predict =
+        |x: Tensor, t: f64| model.predict(&x, &Tensor::from_slice(&[t]), &prepared, &plain).map(drop);
     assert!(matches!(predict(x(1), 1.5), Err(Error::Value { .. })), "a time of no level");
     assert!(matches!(predict(x(2).view([1, 2, 2, 1]), 0.5), Err(Error::Shape { .. })));
     assert!(predict(x(2), 0.5).is_err());
