@@ -113,7 +113,11 @@ impl MixtureDenoiser {
         match condition {
             Condition::Null => Ok((self.mixture.classes(), Tensor::f_zeros([k], options)?)),
             Condition::Class(class) => {
-                let members = Tensor::f_from_slice(&self.mixture.members(*class)?)?;
+                let members = self.mixture.members(*class).map_err(|_| {
+                    let classes = format!("classes 0 .. {} that have components", self.mixture.classes());
+                    Error::unsupported(format!("class {class}"), classes)
+                })?;
+                let members = Tensor::f_from_slice(&members)?;
                 let others = Tensor::f_full([k], f64::NEG_INFINITY, options)?;
                 Ok((*class, others.f_index_fill(0, &members, 0.0)?))
             }

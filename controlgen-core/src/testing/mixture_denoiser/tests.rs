@@ -148,7 +148,7 @@ fn sites_do_what_they_say() {
 fn what_it_does_not_take_is_refused() {
     let model = model(Parameterisation::Epsilon);
     let plain = Pass::default();
-    assert!(matches!(model.prepare(&[Condition::Class(2)], &plain), Err(Error::Value { .. })));
+    assert!(matches!(model.prepare(&[Condition::Class(2)], &plain), Err(Error::Unsupported { .. })));
     let features = Condition::Features(vec![("encoder_hidden_states".into(), x(1))]);
     assert!(matches!(model.prepare(&[features], &plain), Err(Error::Unsupported { .. })));
     let prepared = model.prepare(&[Condition::Null], &plain).unwrap();
