@@ -43,7 +43,7 @@ impl Columns {
 
     fn dense(self, n: usize) -> Vec<f64> {
         let diagonal = |at: &dyn Fn(usize) -> f64| {
-            let entry = |i: usize| if i % (n + 1) == 0 { at(i.div_euclid(n + 1)) } else { 0.0 };
+            let entry = |i: usize| if i.is_multiple_of(n + 1) { at(i.div_euclid(n + 1)) } else { 0.0 };
             (0..n * n).map(entry).collect()
         };
         match self {
@@ -60,7 +60,7 @@ impl Columns {
             Self::Diagonal(w) if w.iter().all(|&w| w == 0.0) => Self::Zero,
             Self::Diagonal(w) if w.iter().all(|&w| w == 1.0) => Self::Identity,
             Self::Matrix { n, entries } => {
-                let off = |(i, &p): (usize, &f64)| i % (n + 1) != 0 && p != 0.0;
+                let off = |(i, &p): (usize, &f64)| !i.is_multiple_of(n + 1) && p != 0.0;
                 if entries.iter().enumerate().any(off) {
                     return Self::Matrix { n, entries };
                 }

@@ -3,4 +3,5 @@
 
 mod edits;
 mod identity;
+mod run;
 mod toy;
