@@ -292,7 +292,7 @@ fn bad_energies_are_named_with_stage_step_and_norm() {
     let energy = image(|x| wavy(x) / 0.0);
     assert_eq!(energy.to_string(), "universal guidance: energy: infinity at rows 0, 1, 2, step 3 of 8");
     for (error, found) in
-        [(noised(|x| wavy(x).sum(Kind::Double)), "[]"), (image(|x| x.cos()), "[3, 2, 1, 1]")]
+        [(noised(|x| wavy(x).sum(Kind::Double)), "[]"), (image(Tensor::cos), "[3, 2, 1, 1]")]
     {
         assert!(
             matches!(&error, Error::Shape { expected, found: f, .. } if expected == "[3]" && f == found),

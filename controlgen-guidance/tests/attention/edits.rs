@@ -1,6 +1,7 @@
 //! Prompt-to-Prompt against explicit attention maps.
 
 use std::ops::Range;
+use std::slice::from_ref;
 
 use controlgen_core::{Attn, Control, Controls, Denoiser, Error, Lane, Lanes, Pass, Result, SiteId};
 use controlgen_guidance::{Edit, PromptToPrompt};
@@ -155,9 +156,9 @@ fn edits_are_those_of_explicit_maps() {
         ("cross-attention swapped", vec![cross(&[OnMaps::Swap])]),
         ("replace", vec![cross(&[replace(ALL)])]),
         ("replace, word by word", vec![cross(&[replace(SOME)])]),
-        ("refine", vec![cross(&[refine.clone()])]),
-        ("refine, word by word", vec![cross(&[blended.clone()])]),
-        ("re-weight", vec![cross(&[weigh.clone()])]),
+        ("refine", vec![cross(from_ref(&refine))]),
+        ("refine, word by word", vec![cross(from_ref(&blended))]),
+        ("re-weight", vec![cross(from_ref(&weigh))]),
         ("replace, re-weight", vec![cross(&[replace(ALL), weigh.clone()])]),
         ("replace word by word, re-weight", vec![cross(&[replace(SOME), weigh.clone()])]),
         ("refine, re-weight", vec![cross(&[refine.clone(), weigh.clone()])]),
@@ -269,24 +270,24 @@ fn rows_go_by_lanes() {
 
 #[test]
 fn what_is_no_edit_is_refused() {
-    fn value<T>(result: Result<T>) -> bool {
+    fn value<T>(result: &Result<T>) -> bool {
         matches!(result, Err(Error::Value { .. }))
     }
-    fn shape<T>(result: Result<T>) -> bool {
+    fn shape<T>(result: &Result<T>) -> bool {
         matches!(result, Err(Error::Shape { .. }))
     }
-    assert!(shape(Edit::replace(&[1.0; 6])) && value(Edit::replace(&[])) && value(Edit::refine(&[])));
+    assert!(shape(&Edit::replace(&[1.0; 6])) && value(&Edit::replace(&[])) && value(&Edit::refine(&[])));
     assert!(matches!(Edit::replace(&[f64::NAN]), Err(Error::NotFinite { .. })));
     assert!(matches!(Edit::reweight(&[1.0, f64::INFINITY]), Err(Error::NotFinite { .. })));
-    assert!(value(Edit::refine(&[None, Some(2)])));
+    assert!(value(&Edit::refine(&[None, Some(2)])));
     let replace = || Edit::replace(&mapper()).unwrap();
-    assert!(shape(replace().blend(&[1.0; 4])) && value(replace().blend(&[1.0, 0.0, 1.1, 0.0, 1.0])));
-    assert!(value(replace().blend(&[f64::NAN; 5])));
+    assert!(shape(&replace().blend(&[1.0; 4])) && value(&replace().blend(&[1.0, 0.0, 1.1, 0.0, 1.0])));
+    assert!(value(&replace().blend(&[f64::NAN; 5])));
     assert!(matches!(Edit::swap().blend(&[1.0]), Err(Error::Unsupported { .. })));
     let new = || PromptToPrompt::new("attn2", 2, 3);
-    assert!(value(new().with(replace(), 3..3)) && value(new().up_to(0)));
+    assert!(value(&new().with(replace(), 3..3)) && value(&new().up_to(0)));
     let chained = new().with(replace(), 0..1).unwrap().with(Edit::swap(), 0..1).unwrap();
-    assert!(value(chained.with(Edit::reweight(&[1.0; 4]).unwrap(), 0..1)), "4 tokens after 5");
+    assert!(value(&chained.with(Edit::reweight(&[1.0; 4]).unwrap(), 0..1)), "4 tokens after 5");
 
     let model = Toy::new();
     let bind = |control: PromptToPrompt| Controls::bind(model.sites(), vec![Box::new(control)]);
