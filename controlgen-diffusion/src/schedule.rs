@@ -63,30 +63,36 @@ impl DiffusionSchedule {
     /// β from `start` to `end` in n equal steps: diffusers' `linear` (Ho et al. 2020: 1e-4, 0.02, 1000).
     ///
     /// # Errors
-    /// [`Error::Value`] for n = 0, or β outside 0 .. 1.
+    /// [`Error::Value`] unless n is in 1 ..= 1,000,000 and β within 0 .. 1.
     pub fn linear(start: f64, end: f64, n: usize) -> Result<Self> {
-        Self::from_betas(linspace(start, end, n))
+        Self::from_betas(linspace(start, end, Self::length(n)?))
     }
 
     /// √β from √`start` to √`end` in n equal steps: diffusers' `scaled_linear` (Rombach et al. 2022: 0.00085, 0.012, 1000).
     ///
     /// # Errors
-    /// [`Error::Value`] for n = 0, or β outside 0 .. 1.
+    /// [`Error::Value`] unless n is in 1 ..= 1,000,000 and β within 0 .. 1.
     pub fn scaled_linear(start: f64, end: f64, n: usize) -> Result<Self> {
-        Self::from_betas(linspace(start.sqrt(), end.sqrt(), n).map(|root| root * root))
+        Self::from_betas(linspace(start.sqrt(), end.sqrt(), Self::length(n)?).map(|root| root * root))
     }
 
     /// β_t = min(1 − f(t + 1) / f(t), 0.999) with f(t) = cos²(π/2 · (t/T + 0.008) / 1.008): diffusers'
     /// `squaredcos_cap_v2` (Nichol & Dhariwal 2021, eq. 17).
     ///
     /// # Errors
-    /// [`Error::Value`] for n = 0.
+    /// [`Error::Value`] unless n is in 1 ..= 1,000,000.
     pub fn cosine(n: usize) -> Result<Self> {
         let f = |t: usize| {
             let u = (t as f64 / n as f64 + 0.008) / 1.008;
             (u * std::f64::consts::FRAC_PI_2).cos().powi(2)
         };
-        Self::from_betas((0..n).map(|t| (1.0 - f(t + 1) / f(t)).min(0.999)))
+        Self::from_betas((0..Self::length(n)?).map(|t| (1.0 - f(t + 1) / f(t)).min(0.999)))
+    }
+
+    /// T of a table that is to be computed.
+    fn length(n: usize) -> Result<usize> {
+        const MOST: usize = 1_000_000;
+        if n <= MOST { Ok(n) } else { Err(Error::value("training timesteps", format!("1 ..= {MOST}"), n)) }
     }
 
     /// ᾱ of every timestep.

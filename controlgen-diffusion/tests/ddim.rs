@@ -229,6 +229,9 @@ fn what_is_no_schedule_no_way_or_no_eta_is_refused() {
         value(&DiffusionSchedule::linear(0.0, 0.02, 10)) && value(&DiffusionSchedule::linear(0.1, 1.1, 10))
     );
     assert!(value(&DiffusionSchedule::cosine(0)) && value(&DiffusionSchedule::linear(0.1, 0.2, 0)));
+    assert!(
+        value(&DiffusionSchedule::cosine(usize::MAX)) && value(&DiffusionSchedule::linear(0.1, 0.2, 1 << 60))
+    );
     let schedule = schedule("linear");
     for bad in [-1.0, 1000.0, 0.5, f64::NAN] {
         assert!(value(&schedule.level(bad)), "{bad}");

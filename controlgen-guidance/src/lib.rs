@@ -27,9 +27,11 @@
 
 mod attention_edits;
 mod check;
+mod energies;
 mod stages;
 
 pub use attention_edits::{Edit, PromptToPrompt};
+pub use energies::class_energy;
 pub use stages::{
     ClassifierFreeGuidance, ClassifierGuidance, GuidanceInterval, IdentityAttention,
     PerturbedAttentionGuidance, UniversalGuidance,

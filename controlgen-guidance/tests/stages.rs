@@ -6,13 +6,13 @@ use controlgen_core::guidance::{Branch, Guided, Guider, Needs, Step};
 use controlgen_core::noise::Noise;
 use controlgen_core::testing::{Component, Mixture, MixtureDenoiser};
 use controlgen_core::{
-    At, Binding, Condition, Control, Controls, Denoiser, Energy, Error, Guidance, NoiseLevel,
-    Parameterisation, Result, SiteKind, SiteMap,
+    At, Binding, Classifier, Condition, Control, Controls, Denoiser, Energy, EnergyFn, Error, Guidance,
+    NoiseLevel, Parameterisation, Result, SiteKind, SiteMap,
 };
 use controlgen_diffusion::{Ddim, sample, steps};
 use controlgen_guidance::{
     ClassifierFreeGuidance, ClassifierGuidance, GuidanceInterval, PerturbedAttentionGuidance,
-    UniversalGuidance,
+    UniversalGuidance, class_energy,
 };
 use tch::{Kind, Tensor, kind::DOUBLE_CPU};
 
@@ -197,6 +197,45 @@ fn gradients_go_where_their_papers_say() {
         let guided = predict(&guider(&model, None).with(free()).with(stage), &x(3), &step).unwrap();
         assert_close(guided.shift.as_ref().unwrap(), &expected, 1e-7);
     }
+}
+
+/// The mixture's classes as a classifier of noised samples: logits up to a constant a row.
+#[derive(Clone)]
+struct Classes(Vec<String>);
+impl Classifier<Noised> for Classes {
+    fn handle(&self) -> Box<dyn Classifier<Noised>> {
+        Box::new(self.clone())
+    }
+    fn classes(&self) -> &[String] {
+        &self.0
+    }
+    fn logits(&self, x: &Noised) -> Result<Tensor> {
+        let logits = [0, 1, 2].map(|class| data().log_class(x, class).unwrap());
+        Ok(Tensor::stack(&logits, 1) + x.x.select(1, 0).view([-1, 1]))
+    }
+}
+
+#[test]
+fn a_class_of_a_classifier_is_an_energy() {
+    let classifier = |n: usize| Box::new(Classes((0..n).map(|i| i.to_string()).collect()));
+    let noised = || Noised { x: x(3), level: level(0.4).unwrap() };
+    let all = class_energy(classifier(3), &[1]).unwrap();
+    let exact = |class| data().noised_classifier(class).unwrap();
+    let ((energy, downhill), (expected, slope)) =
+        (gradient(&all, &noised()).unwrap(), gradient(&exact(1), &noised()).unwrap());
+    assert_close(&energy, &expected, 1e-12);
+    assert_close(&downhill, &slope, 1e-12);
+    let by_row = class_energy(classifier(3), &[2, 0, 1]).unwrap().clone().energy(&noised()).unwrap();
+    for (row, class) in [(0, 2), (1, 0), (2, 1)] {
+        assert_close(&by_row.get(row), &exact(class).energy(&noised()).unwrap().get(row), 1e-12);
+    }
+    for bad in [vec![], vec![3], vec![-1]] {
+        assert!(matches!(class_energy(classifier(3), &bad), Err(Error::Value { .. })));
+    }
+    let two = class_energy(classifier(3), &[0, 1]).unwrap().energy(&noised());
+    assert!(matches!(two, Err(Error::Value { .. })), "two classes, three rows");
+    let four = class_energy(classifier(4), &[3]).unwrap().energy(&noised());
+    assert!(matches!(four, Err(Error::Shape { .. })), "three logits, four classes");
 }
 
 #[test]

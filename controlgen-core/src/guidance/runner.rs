@@ -287,7 +287,7 @@ impl Guider {
             for row in 0..batch {
                 let (role, sample) = (row.div_euclid(samples), row % samples);
                 rows.push(self.row(branch.condition, row, role, batch)?);
-                let condition = branch.condition * self.roles + number(role);
+                let condition = branch.condition.saturating_mul(self.roles).saturating_add(number(role));
                 lanes.push(Lane { sample: number(sample), condition, variant: branch.variant });
             }
         }

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::statistics::normal_cdf;
-use crate::energy::{Energy, Image, Noised};
+use crate::energy::{Energy, EnergyFn, Image, Noised};
 use crate::noise::Stream;
 use crate::{Error, NoiseLevel, Result, SharedTensor};
 
@@ -51,16 +51,18 @@ pub(super) struct Posterior {
 }
 
 impl Mixture {
+    const MOST_CLASSES: i64 = 4096;
+
     /// A mixture over `[C, H, W]`.
     ///
     /// # Errors
-    /// [`Error::Value`] for a dimension below 1, no components, a class below 0, a deviation or weight that is not
-    /// above 0; [`Error::Shape`] for a mean of another length; [`Error::NotFinite`] for one that is no number.
+    /// [`Error::Value`] for a dimension below 1, no components, a class outside 0 .. 4096, a deviation or weight that
+    /// is not above 0; [`Error::Shape`] for a mean of another length; [`Error::NotFinite`] for one that is no number.
     pub fn new(shape: [i64; 3], components: Vec<Component>) -> Result<Self> {
-        if shape.iter().any(|&n| n < 1) {
+        let dimensions = shape.iter().try_fold(1i64, |product, &n| product.checked_mul(n));
+        let Some(dimensions) = dimensions.filter(|_| shape.iter().all(|&n| n > 0)) else {
             return Err(Error::value("shape of a mixture", "dimensions >= 1", format!("{shape:?}")));
-        }
-        let dimensions: i64 = shape.iter().product();
+        };
         for (i, Component { mean, deviation, weight, class }) in components.iter().enumerate() {
             if i64::try_from(mean.len()) != Ok(dimensions) {
                 let found = [i64::try_from(mean.len()).unwrap_or(i64::MAX)];
@@ -80,8 +82,9 @@ impl Mixture {
                     return Err(Error::value(what, "a finite number > 0", value));
                 }
             }
-            if *class < 0 {
-                return Err(Error::value(format!("class of component {i}"), ">= 0", class));
+            if !(0..Self::MOST_CLASSES).contains(class) {
+                let range = format!("0 .. {}", Self::MOST_CLASSES);
+                return Err(Error::value(format!("class of component {i}"), range, class));
             }
         }
         if components.is_empty() {
@@ -124,7 +127,7 @@ impl Mixture {
     /// The same density with other classes, one a component: a second attribute of the same data.
     ///
     /// # Errors
-    /// [`Error::Value`] for another number of classes than of components, or one below 0.
+    /// [`Error::Value`] for another number of classes than of components, or one outside 0 .. 4096.
     pub fn with_classes(&self, classes: &[i64]) -> Result<Self> {
         if classes.len() != self.components.len() {
             return Err(Error::value("classes", self.components.len(), classes.len()));
@@ -299,7 +302,6 @@ impl Mixture {
     pub fn classifier(&self, class: i64) -> Result<Energy<Image>> {
         let noised = self.noised_classifier(class)?;
         Ok(Energy::from_fn(move |image: &Image| {
-            use crate::EnergyFn as _;
             noised.energy(&Noised { x: image.0.shallow_clone(), level: NoiseLevel::CLEAN })
         }))
     }

@@ -44,9 +44,9 @@ impl Edit {
     /// of the padded prompts; what stays has ones on the diagonal.
     ///
     /// # Errors
-    /// [`Error::Shape`] where M is not square; [`Error::Value`] for no tokens; [`Error::NotFinite`].
+    /// [`Error::Shape`] where M is not square; [`Error::Value`] for no tokens or more than 4096; [`Error::NotFinite`].
     pub fn replace(mapper: &[f64]) -> Result<Self> {
-        let n = mapper.len().isqrt();
+        let n = length(mapper.len().isqrt())?;
         if n * n != mapper.len() {
             let found = [i64::try_from(mapper.len()).unwrap_or(i64::MAX)];
             return Err(Error::shape("mapper of tokens, row-major", "[N · N]", &found));
@@ -58,12 +58,9 @@ impl Edit {
     /// *adding a phrase*.
     ///
     /// # Errors
-    /// [`Error::Value`] for no tokens, or a source token that is none of N.
+    /// [`Error::Value`] for no tokens or more than 4096, or a source token that is none of N.
     pub fn refine(source: &[Option<usize>]) -> Result<Self> {
-        let n = source.len();
-        if n == 0 {
-            return Err(Error::value("tokens of an edit", "at least one", 0));
-        }
+        let n = length(source.len())?;
         if let Some(token) = source.iter().flatten().find(|&&token| token >= n) {
             return Err(Error::value("source token", format!("0 .. {n}"), token));
         }
@@ -75,8 +72,9 @@ impl Edit {
     /// for more of a word, negative for its opposite.
     ///
     /// # Errors
-    /// [`Error::Value`] for no tokens; [`Error::NotFinite`].
+    /// [`Error::Value`] for no tokens or more than 4096; [`Error::NotFinite`].
     pub fn reweight(weights: &[f64]) -> Result<Self> {
+        length(weights.len())?;
         Ok(Self(Kind::Reweight(numbers("weights of tokens", weights)?)))
     }
 
@@ -143,11 +141,18 @@ impl Edit {
     }
 }
 
-/// At least one number, all of them finite.
-fn numbers(what: &str, values: &[f64]) -> Result<Vec<f64>> {
-    if values.is_empty() {
-        return Err(Error::value(what, "at least one", 0));
+/// A number of tokens N, of which N × N operators are made.
+pub(super) fn length(n: usize) -> Result<usize> {
+    const MOST: usize = 4096;
+    if (1..=MOST).contains(&n) {
+        Ok(n)
+    } else {
+        Err(Error::value("tokens of an edit", format!("1 ..= {MOST}"), n))
     }
+}
+
+/// Numbers that are finite.
+fn numbers(what: &str, values: &[f64]) -> Result<Vec<f64>> {
     if let Some(i) = values.iter().position(|v| !v.is_finite()) {
         let (at, found) = (format!("index {i}"), values[i].to_string());
         return Err(Error::NotFinite { what: what.into(), at, found });

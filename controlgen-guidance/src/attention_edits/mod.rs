@@ -2,6 +2,7 @@
 
 mod columns;
 mod edit;
+mod mapper;
 
 pub use edit::Edit;
 
@@ -30,7 +31,8 @@ use edit::Edited;
 ///
 /// Rows go by lanes: those of condition `edit` are changed, each by the row of condition `source` with its sample and
 /// variant; no other row is. With classifier-free guidance the rows are \[unconditional source, unconditional edit,
-/// source, edit\], and the last alone is an edit. The source rows' mask is followed along with their queries and keys.
+/// source, edit\] (conditions 0 to 3 of a [`Guider`](controlgen_core::guidance::Guider) with two roles), and the last
+/// alone is an edit. The source rows' mask is followed along with their queries and keys.
 ///
 /// Bind one chain a site: a second control would see the source's queries as the edited row's own.
 ///
@@ -38,11 +40,11 @@ use edit::Edited;
 /// use controlgen_guidance::{Edit, PromptToPrompt};
 ///
 /// # fn main() -> controlgen_core::Result<()> {
-/// // "a cat" to "a dog", token 1 of 3, for 40 steps of 50; more of it in all.
-/// let same = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0];
+/// // "a cat" to "a dachshund", token 2 of 8 becoming tokens 2 and 3, for 40 steps of 50; more of it in all.
+/// let weights = [1.0, 1.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0];
 /// let cross = PromptToPrompt::new("attn2", 2, 3)
-///     .with(Edit::replace(&same)?, 0..40)?
-///     .with(Edit::reweight(&[1.0, 2.0, 1.0])?, 0..50)?;
+///     .with(Edit::replace_words(&[(2..3, 2..4)], 8)?, 0..40)?
+///     .with(Edit::reweight(&weights)?, 0..50)?;
 /// // The layout, from maps of at most 16 × 16 positions.
 /// let layout = PromptToPrompt::new("attn1", 2, 3).with(Edit::swap(), 0..20)?.up_to(256)?;
 /// # let _ = (cross, layout);

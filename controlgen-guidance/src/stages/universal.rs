@@ -2,7 +2,7 @@
 
 use controlgen_core::energy::Image;
 use controlgen_core::guidance::{Grad, Guided, Memory, Needs, Outputs, Step};
-use controlgen_core::{Energy, Guidance, Result};
+use controlgen_core::{Energy, EnergyFn, Guidance, Result};
 
 use crate::check;
 
@@ -47,7 +47,6 @@ impl Guidance for UniversalGuidance {
     }
 
     fn guide(&self, step: &Step, out: &Outputs<'_>, so_far: Guided, _: &mut Memory) -> Result<Guided> {
-        use controlgen_core::EnergyFn as _;
         let energy = self.energy.energy(&Image(so_far.prediction.x0(out.x(), step.level)?))?;
         let gradient = out.grad(&energy)?;
         so_far.shifted(gradient.f_mul_scalar(-self.scale)?)

@@ -1,5 +1,4 @@
 use super::*;
-use crate::EnergyFn;
 use crate::energy::gradient;
 use crate::noise::Noise;
 use crate::testing::{chi_square, ks_test};
@@ -177,10 +176,12 @@ fn what_is_no_mixture_is_refused() {
     assert!(matches!(one(&|c| c.deviation = 0.0), Err(Error::Value { .. })));
     assert!(matches!(one(&|c| c.weight = f64::NAN), Err(Error::Value { .. })));
     assert!(matches!(one(&|c| c.class = -1), Err(Error::Value { .. })));
+    assert!(matches!(one(&|c| c.class = i64::MAX), Err(Error::Value { .. })));
     assert!(matches!(one(&|c| c.mean.push(0.0)), Err(Error::Shape { .. })));
     assert!(matches!(one(&|c| c.mean[0] = f64::INFINITY), Err(Error::NotFinite { .. })));
     assert!(matches!(Mixture::new([1, 1, 1], vec![]), Err(Error::Value { .. })));
     assert!(matches!(Mixture::new([1, 0, 1], vec![]), Err(Error::Value { .. })));
+    assert!(matches!(Mixture::new([1 << 62, 4, 1], vec![]), Err(Error::Value { .. })));
     let mixture = plane();
     assert!(matches!(mixture.of_class(1), Err(Error::Value { .. })), "a class without components");
     assert!(mixture.noised_classifier(3).is_err() && mixture.classifier(-1).is_err());
