@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 
 const ALPHA: f64 = 0.001;
 const SAMPLES: usize = 2000;
-const STEPS: usize = 250;
+const STEPS: usize = 160;
 
 fn level(t: f64) -> Result<NoiseLevel> {
     NoiseLevel::from_alpha_bar((t * std::f64::consts::FRAC_PI_2).cos().powi(2))
