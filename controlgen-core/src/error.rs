@@ -118,7 +118,7 @@ pub enum Error {
         what: String,
         /// Where: a row, a step, a position.
         at: String,
-        /// `NaN` or `infinity`.
+        /// `NaN` or `infinity`; of a gradient also its norm.
         found: String,
     },
     /// More positions than the model has.

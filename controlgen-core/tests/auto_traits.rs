@@ -2,7 +2,7 @@
 
 use controlgen_core::energy::{Bound, Image, Noised, Objective, Text, Value};
 use controlgen_core::guidance::{Guided, Guider, GuiderRun, Memory, Step};
-use controlgen_core::testing::TableLm;
+use controlgen_core::testing::{Mixture, MixtureDenoiser, TableLm};
 use controlgen_core::{
     Adapter, Autoencoder, BoxRows, Classifier, Condition, Control, Controls, Denoiser, DenoiserSpec, Encoder,
     Energy, Error, Guidance, ImageSampler, Lanes, LanguageModel, LmSpec, MaskedLm, NoiseLevel, Pass,
@@ -23,6 +23,8 @@ fn models_controls_and_energies_go_to_other_threads() {
     send::<Box<dyn Classifier<Noised>>>();
     send::<Box<dyn ImageSampler>>();
     send::<TableLm>();
+    send::<Mixture>();
+    send::<MixtureDenoiser>();
 
     send::<Box<dyn Control>>();
     send::<Box<dyn Adapter>>();

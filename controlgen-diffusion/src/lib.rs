@@ -1,1 +1,36 @@
+//! # controlgen-diffusion
+//!
 //! Controllable generation of images: denoisers, noise schedules, samplers and pipelines.
+//!
+//! A sampler takes a function from (x, step) to a guided prediction, and knows nothing of guidance:
+//!
+//! ```
+//! use controlgen_core::guidance::Guider;
+//! use controlgen_core::noise::{Noise, NoiseSource};
+//! use controlgen_core::testing::{Component, Mixture, MixtureDenoiser};
+//! use controlgen_core::{Condition, Parameterisation, Result};
+//! use controlgen_diffusion::{Ddim, DiffusionSchedule, Spacing, sample};
+//! use tch::{Device, Kind};
+//!
+//! # fn main() -> Result<()> {
+//! let schedule = DiffusionSchedule::scaled_linear(0.00085, 0.012, 1000)?; // of Stable Diffusion
+//! let steps = schedule.steps(&schedule.timesteps(50, Spacing::Trailing)?)?;
+//! let part = |x: f64, class| Component { mean: vec![x], deviation: 0.3, weight: 1.0, class };
+//! let data = Mixture::new([1, 1, 1], vec![part(-2.0, 0), part(2.0, 1)])?;
+//! let level = schedule.clone();
+//! let model = MixtureDenoiser::new(data, Parameterisation::Epsilon, move |t| level.level(t))?;
+//! let guider = Guider::new(Box::new(model), vec![vec![Condition::Class(1)]], None, 0)?;
+//!
+//! let mut noise = Noise::seeded(42).streams(4);
+//! let x = noise.normal(&[4, 1, 1, 1], Kind::Float, Device::Cpu)?;
+//! let images = sample(&Ddim::new(0.0)?, &guider, x, &steps, &mut noise)?;
+//! assert!((images - 2.0).abs().max().double_value(&[]) < 1.5);
+//! # Ok(())
+//! # }
+//! ```
+
+mod samplers;
+mod schedule;
+
+pub use samplers::{Ddim, Predict, Sampler, sample};
+pub use schedule::{DiffusionSchedule, Spacing, steps};

@@ -13,7 +13,7 @@ use crate::{EnableGrad, Error, Result};
 /// # Errors
 /// [`Error::NotDifferentiable`] for a point without a free tensor, or an energy that does not depend on it;
 /// [`Error::Shape`] for one that is not one number a row; [`Error::NotFinite`], naming the rows, for an energy or
-/// gradient that is NaN or infinite; the energy's own.
+/// gradient that is NaN or infinite, and the gradient's norm; the energy's own.
 pub fn gradient<X: Point, E: EnergyFn<X> + ?Sized>(energy: &E, x: &X) -> Result<(Tensor, Tensor)> {
     gradient_of(x, |x| Ok((energy.energy(x)?, ()))).map(|(value, gradient, ())| (value, gradient))
 }
@@ -50,6 +50,26 @@ pub(crate) fn backward(energy: &Tensor, leaf: &Tensor, keep_graph: bool) -> Resu
     let total = energy.f_sum(None::<tch::Kind>)?;
     let mut gradients = Tensor::f_run_backward(&[&total], &[leaf], keep_graph, false)?;
     let gradient = gradients.pop().filter(Tensor::defined).ok_or_else(independent)?;
-    checks::finite("gradient of the energy", &gradient)?;
-    Ok(gradient.f_detach()?)
+    let gradient = gradient.f_detach()?;
+    checks::finite("gradient of the energy", &gradient).map_err(|error| with_norm(error, &gradient))?;
+    Ok(gradient)
+}
+
+/// An error of a gradient that is not finite, with its norm, and that of its finite numbers: a gradient that had been
+/// growing for many steps looks otherwise than a division by 0.
+fn with_norm(error: Error, gradient: &Tensor) -> Error {
+    let Error::NotFinite { what, at, found } = error else { return error };
+    let norms = || -> Result<(f64, f64)> {
+        let gradient = gradient.f_to_kind(tch::Kind::Double)?;
+        let norm = gradient.f_norm()?.f_double_value(&[])?;
+        let rest = gradient.f_nan_to_num(0.0, 0.0, 0.0)?.f_norm()?.f_double_value(&[])?;
+        Ok((norm, rest))
+    };
+    match norms() {
+        Ok((norm, rest)) => {
+            let found = format!("{found}, norm {norm} ({rest:.4e} over its finite numbers)");
+            Error::NotFinite { what, at, found }
+        }
+        Err(error) => error,
+    }
 }

@@ -37,6 +37,16 @@ impl<'a> Outputs<'a> {
         &self.x
     }
 
+    /// The prediction that the first stage was given: the first of all. A stage that changes the prediction by a
+    /// difference to this one acts the same wherever it stands among others that do.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where these outputs were made of no predictions.
+    pub fn base(&self) -> Result<&Prediction> {
+        let first = self.predictions.first().map(|(_, prediction)| prediction);
+        first.ok_or_else(|| Error::unsupported("a step without predictions", "at least the base"))
+    }
+
     /// The prediction of a branch that the stage declared.
     ///
     /// # Errors
@@ -67,7 +77,7 @@ impl<'a> Outputs<'a> {
     ///
     /// # Errors
     /// [`Error::Shape`] where `energy` is not `[B]`; [`Error::NotDifferentiable`] where it does not depend on x_t,
-    /// or the step was declared to need no gradients; [`Error::NotFinite`], naming the rows.
+    /// or the step was declared to need no gradients; [`Error::NotFinite`], naming the rows and the gradient's norm.
     pub fn grad(&self, energy: &Tensor) -> Result<Tensor> {
         checks::one_a_row("energy", energy, self.x.size().first().copied())?;
         backward(energy, &self.x, true)

@@ -13,10 +13,12 @@ use crate::{
 ///
 /// Conditions are numbered as [`Branch::condition`] names them; each is one for all samples, or one a sample. Graphs
 /// are numbered too: each is a stack of controls under which the conditions are prepared once, when it is added.
-/// What changes from step to step is in [`GuiderRun`].
+/// Where samples are made together, an edit along with its source, x has rows of several *roles*
+/// ([`Guider::with_roles`]). What changes from step to step is in [`GuiderRun`].
 pub struct Guider {
     denoiser: Box<dyn Denoiser>,
     base: Branch,
+    roles: u32,
     stages: Vec<Box<dyn Guidance>>,
     conditions: Vec<Condition>,
     /// For each numbered condition its range of `conditions`, which are the rows of what is prepared.
@@ -45,7 +47,7 @@ struct Plan {
 
 impl Guider {
     /// A denoiser under `controls`, which are graph 0, with no stage around it: its prediction is that of condition
-    /// `base`. `conditions[i]` is condition i: one entry for all samples, or one a sample.
+    /// `base`. `conditions[i]` is condition i: one entry for all samples, or one a row of x.
     ///
     /// # Errors
     /// [`Error::Value`] for no conditions, or a `base` that is none of them; those of [`Denoiser::prepare`].
@@ -67,8 +69,15 @@ impl Guider {
             return Err(Error::value("base condition", format!("0 .. {}", ranges.len()), base));
         }
         let base = Branch::of(base);
-        let mut guider =
-            Self { denoiser, base, stages: Vec::new(), conditions: flat, ranges, graphs: Vec::new() };
+        let mut guider = Self {
+            denoiser,
+            base,
+            roles: 1,
+            stages: Vec::new(),
+            conditions: flat,
+            ranges,
+            graphs: Vec::new(),
+        };
         guider.push_graph(controls)?;
         Ok(guider)
     }
@@ -78,6 +87,20 @@ impl Guider {
     pub fn with(mut self, stage: impl Guidance + 'static) -> Self {
         self.stages.push(Box::new(stage));
         self
+    }
+
+    /// Rows of x are of `roles` roles, all of the first before all of the second: row r · S + s of S samples is role r
+    /// of sample s. A condition may then have an entry a role, and the [`Lane`] of a row has the sample s and the
+    /// condition c · roles + r for a branch of condition c. With roles source and edit, and branches 0
+    /// (unconditional) and 1, the lanes' conditions are \[unconditional source, unconditional edit, source, edit\].
+    ///
+    /// # Errors
+    /// [`Error::Value`] for no roles.
+    pub fn with_roles(self, roles: u32) -> Result<Self> {
+        if roles == 0 {
+            return Err(Error::value("roles", ">= 1", roles));
+        }
+        Ok(Self { roles, ..self })
     }
 
     /// Adds another graph: the denoiser under these controls. Graphs are numbered in the order of their adding,
@@ -116,6 +139,7 @@ impl Guider {
         Ok(Self {
             denoiser: (*self.denoiser).handle(),
             base: self.base,
+            roles: self.roles,
             stages: self.stages.iter().map(|stage| (**stage).handle()).collect(),
             conditions: self.conditions.iter().map(Condition::handle).collect(),
             ranges: self.ranges.clone(),
@@ -179,7 +203,7 @@ impl Guider {
     ///
     /// # Errors
     /// Those of [`Self::start`] and [`Denoiser::predict`]; [`Error::Value`] where a condition is neither one for all
-    /// nor one a sample; [`Error::ForeignState`] for a run of another guider; the stages' own. [`Error::NotFinite`]
+    /// nor one a row or role; [`Error::ForeignState`] for a run of another guider; the stages' own. [`Error::NotFinite`]
     /// of a stage names stage, rows and step.
     pub fn predict(&self, x: &Tensor, step: &Step, run: &mut GuiderRun) -> Result<Guided> {
         if run.memories.len() != self.stages.len() || run.selected.len() != self.graphs.len() {
@@ -217,7 +241,7 @@ impl Guider {
             Ok(made.swap_remove(0))
         };
         let out = Outputs::new(leaf, predictions).with_late(&late);
-        let prediction = out.get(self.base)?.handle();
+        let prediction = out.base()?.handle();
         let mut guided = Guided { x: out.x().shallow_clone(), prediction, shift: None };
         for (stage, memory) in self.stages.iter().zip(&mut run.memories) {
             let made = stage.guide(step, &out, guided, memory).and_then(|guided| {
@@ -251,12 +275,20 @@ impl Guider {
         let Some(graph) = self.graphs.get(usize::from(first.graph)) else {
             return Err(Error::value("graph", format!("0 .. {}", self.graphs.len()), first.graph));
         };
+        let roles = i64::from(self.roles);
+        if batch % roles != 0 {
+            let expected = format!("a multiple of {roles}, the number of roles");
+            return Err(Error::value("rows of the sample", expected, batch));
+        }
+        let samples = batch.div_euclid(roles);
+        let number = |n: i64| u32::try_from(n).unwrap_or(u32::MAX);
         let (mut rows, mut lanes) = (Vec::new(), Vec::new());
         for branch in branches {
-            for sample in 0..batch {
-                rows.push(self.row(branch.condition, sample, batch)?);
-                let sample = u32::try_from(sample).unwrap_or(u32::MAX);
-                lanes.push(Lane { sample, condition: branch.condition, variant: branch.variant });
+            for row in 0..batch {
+                let (role, sample) = (row.div_euclid(samples), row % samples);
+                rows.push(self.row(branch.condition, row, role, batch)?);
+                let condition = branch.condition.saturating_mul(self.roles).saturating_add(number(role));
+                lanes.push(Lane { sample: number(sample), condition, variant: branch.variant });
             }
         }
         let prepared = match selected {
@@ -281,13 +313,21 @@ impl Guider {
         prediction.chunk(n)
     }
 
-    /// The row of the prepared conditions for a sample.
-    fn row(&self, condition: u32, sample: i64, batch: i64) -> Result<i64> {
+    /// The row of the prepared conditions for a row of x.
+    fn row(&self, condition: u32, row: i64, role: i64, batch: i64) -> Result<i64> {
         let (first, len) = self.ranges[usize::try_from(condition).unwrap_or(usize::MAX)];
         match i64::try_from(len) {
             Ok(1) => Ok(first),
-            Ok(len) if len == batch => Ok(first + sample),
-            _ => Err(Error::value(format!("entries of condition {condition}"), format!("1 or {batch}"), len)),
+            Ok(len) if len == batch => Ok(first + row),
+            Ok(len) if len == i64::from(self.roles) => Ok(first + role),
+            _ => {
+                let of_roles = if self.roles > 1 {
+                    format!("1, {} or {batch}", self.roles)
+                } else {
+                    format!("1 or {batch}")
+                };
+                Err(Error::value(format!("entries of condition {condition}"), of_roles, len))
+            }
         }
     }
 }

@@ -3,10 +3,14 @@
 mod batch;
 #[cfg(feature = "bench")]
 pub mod bench;
+mod mixture;
+mod mixture_denoiser;
 mod statistics;
 pub mod strategies;
 mod table_lm;
 
 pub use batch::{left_padded, right_padded};
-pub use statistics::{chi_square, ks_test};
+pub use mixture::{Component, Mixture};
+pub use mixture_denoiser::MixtureDenoiser;
+pub use statistics::{chi_square, ks_test, normal_cdf};
 pub use table_lm::{TableLm, TableLmConfig};

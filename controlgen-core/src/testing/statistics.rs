@@ -77,6 +77,13 @@ pub fn ks_test(samples: &[f64], cdf: impl Fn(f64) -> f64) -> Result<f64> {
     Ok(kolmogorov((n.sqrt() + 0.12 + 0.11 / n.sqrt()) * distance))
 }
 
+/// Φ(z), the cumulative distribution of the standard normal, by Φ(−z) = Q(½, z²/2) / 2 for z ≥ 0 (Abramowitz & Stegun
+/// 7.1.2, 6.5.17); good to 1e-13 of itself down to the smallest numbers.
+pub fn normal_cdf(z: f64) -> f64 {
+    let tail = 0.5 * gamma_upper(0.5, 0.5 * z * z);
+    if z < 0.0 { tail } else { 1.0 - tail }
+}
+
 /// The tail of Kolmogorov's distribution, P(K > x) = 2 Σ (−1)^(k−1) exp(−2 k² x²); near 0 by its theta-function
 /// form 1 − √(2π)/x Σ exp(−(2k − 1)² π² / (8 x²)), which converges there (Kolmogorov 1933).
 fn kolmogorov(x: f64) -> f64 {
@@ -162,6 +169,16 @@ mod tests {
                 close(gamma_upper(a, x), torch(Tensor::from(a).igammac(&Tensor::from(x))), 1e-8);
             }
         }
+    }
+
+    #[test]
+    fn the_normal_distribution_is_torchs() {
+        for z in [-30.0, -8.0, -3.0, -1.5, -0.4, -1e-3, 0.0, 1e-9, 0.7, 1.959_963_984_540_054, 5.0] {
+            // Φ(z) = erfc(−z / √2) / 2
+            let torch = Tensor::from(-z / 2f64.sqrt()).special_erfc().double_value(&[]) / 2.0;
+            close(normal_cdf(z), torch, 1e-12);
+        }
+        close(normal_cdf(1.959_963_984_540_054), 0.975, 1e-14);
     }
 
     #[test]

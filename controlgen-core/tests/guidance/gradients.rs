@@ -2,12 +2,11 @@
 
 use controlgen_core::energy::{Image, Noised};
 use controlgen_core::guidance::{Branch, Grad, Guided, Guider, Memory, Needs, Outputs, Step};
-use controlgen_core::{Denoiser, Energy, Error, Guidance, NoiseLevel, Parameterisation, Prediction, Result};
+use controlgen_core::{Denoiser, Energy, Error, Guidance, Parameterisation, Prediction, Result};
 use tch::{Kind, Tensor, kind::DOUBLE_CPU};
 
-use crate::gaussian::{Gaussian, diffusion, flow};
 use crate::stages::{ClassifierFree, Downhill};
-use crate::{FORMS, assert_close, null_and, plain, predict, step, x};
+use crate::{FORMS, Schedule, assert_close, diffusion, flow, null_and, plain, predict, scheduled, step, x};
 
 /// Σ over a row of cos(x + channel), smooth and not symmetric.
 fn wavy(x: &Tensor) -> Tensor {
@@ -27,11 +26,9 @@ fn downhill() -> (Downhill, Downhill) {
 #[test]
 fn gradients_are_those_of_finite_differences() {
     let at = step(0.4, diffusion);
-    for (schedule, form) in
-        [(diffusion as fn(f64) -> NoiseLevel, FORMS[0]), (diffusion, FORMS[2]), (flow, FORMS[3])]
-    {
+    for (schedule, form) in [(diffusion as Schedule, FORMS[0]), (diffusion, FORMS[2]), (flow, FORMS[3])] {
         let at = Step { level: schedule(0.4), ..at };
-        let model = Gaussian::new(form, schedule);
+        let model = scheduled(form, schedule);
         let with = |stage: Option<Downhill>| {
             let guider = Guider::new(model.handle(), null_and(2), None, 1).unwrap().with(ClassifierFree(2.5));
             match stage {
@@ -107,7 +104,7 @@ fn graphs_are_recorded_only_where_they_are_needed() {
 }
 
 #[test]
-fn errors_name_stage_rows_and_step() {
+fn errors_name_stage_rows_step_and_norm() {
     let at = step(0.5, diffusion);
     let run = |energy: fn(&Tensor) -> Tensor| {
         let (_, guider) = plain(Parameterisation::Epsilon);
@@ -116,6 +113,13 @@ fn errors_name_stage_rows_and_step() {
     };
     let nan = run(|x| wavy(x) / Tensor::from_slice(&[1.0, 0.0, 0.0]) * 0.0);
     assert_eq!(nan.to_string(), "downhill: energy: NaN at rows 1, 2, step 2 of 10");
+    // ∇ √(x² · 0) = 0 / 0, in the rows where there is no more.
+    let gradient = run(|x| {
+        let rows = Tensor::from_slice(&[0.0, 1.0, 0.0]).view([3, 1, 1, 1]);
+        (x * rows).square().sum_dim_intlist(&[1i64, 2, 3][..], false, Kind::Double).sqrt() * 5.0
+    });
+    let text = "downhill: gradient of the energy: NaN, norm NaN (5.0000e0 over its finite numbers) at rows 0, 2, step 2 of 10";
+    assert_eq!(gradient.to_string(), text);
     let elsewhere = run(|_| Tensor::zeros([3], DOUBLE_CPU));
     assert!(matches!(&elsewhere, Error::NotDifferentiable { what } if what == "downhill: the energy"));
     let shape = run(|x| wavy(x).sum(Kind::Double));

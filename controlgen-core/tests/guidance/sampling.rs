@@ -1,14 +1,14 @@
 //! Whole runs: memory, blending, a sampler, threads.
 
-use std::sync::atomic::Ordering::Relaxed;
-
 use controlgen_core::guidance::{Guided, Guider, GuiderRun, Memory, Needs, Outputs, Step};
-use controlgen_core::{Denoiser, Error, Guidance, NoiseLevel, Parameterisation, Result};
+use controlgen_core::{Denoiser, Error, Guidance, Parameterisation, Result};
 use tch::Tensor;
 
-use crate::gaussian::{Gaussian, S, diffusion, flow};
 use crate::stages::ClassifierFree;
-use crate::{assert_close, null_and, plain, predict, step, x};
+use crate::{
+    COMPONENTS, S, Schedule, assert_close, diffusion, epsilon, flow, null_and, plain, predict, scheduled,
+    step, x,
+};
 
 #[test]
 fn a_stage_may_replace_x() {
@@ -34,7 +34,7 @@ fn a_stage_may_replace_x() {
     let (_, guider) = plain(Parameterisation::V);
     let guided = predict(&guider.with(Blend(0.3)), &x(2), &at).unwrap();
     assert_close(&guided.x, &(x(2) + 0.3), 1e-12);
-    let expected = Gaussian::epsilon(&(x(2) + 0.3), Gaussian::mean(0), at.level);
+    let expected = epsilon(&(x(2) + 0.3), Some(0), at.level);
     assert_close(&guided.epsilon(at.level).unwrap(), &expected, 1e-11);
     let (_, guider) = plain(Parameterisation::V);
     assert!(matches!(predict(&guider.with(Blend(f64::NAN)), &x(2), &at), Err(Error::Shape { .. })));
@@ -91,8 +91,8 @@ fn ddim(mut x: Tensor, steps: &[Step], mut predict: impl FnMut(&Tensor, &Step) -
 #[test]
 fn a_sampler_reaches_the_closed_form() {
     // For a Gaussian the probability-flow equation is solved by keeping (x − α μ) / √(α² S² + σ²).
-    let mean = Tensor::from_slice(&Gaussian::mean(0)).view([1, 2, 1, 1]);
-    let forms = [(diffusion as fn(f64) -> NoiseLevel, 0.98), (flow, 1.0)];
+    let mean = Tensor::from_slice(&COMPONENTS[0].0).view([1, 2, 1, 1]);
+    let forms = [(diffusion as Schedule, 0.98), (flow, 1.0)];
     for ((schedule, from), form) in
         forms.into_iter().zip([Parameterisation::Epsilon, Parameterisation::Velocity])
     {
@@ -104,14 +104,14 @@ fn a_sampler_reaches_the_closed_form() {
                 Step { index: i, of: n, timestep: time(i), level, next }
             })
             .collect();
-        let model = Gaussian::new(form, schedule);
+        let model = scheduled(form, schedule);
         let guider = Guider::new(model.handle(), null_and(0), None, 1).unwrap().with(ClassifierFree(1.0));
         let mut run = guider.start(&steps).unwrap();
         let found = ddim(x(3), &steps, |x, step| guider.predict(x, step, &mut run).unwrap());
         let (a, s) = (steps[0].level.alpha(), steps[0].level.sigma());
         let expected = &mean + (x(3) - &mean * a) * (S / (a * a * S * S + s * s).sqrt());
         assert_close(&found, &expected, 2e-2);
-        assert_eq!(model.calls.load(Relaxed), n as i64);
+        assert_eq!(model.counts().0, n as u64);
     }
 }
 

@@ -73,7 +73,7 @@ impl Guidance for Downhill {
     }
 }
 
-/// On the lanes of variant 1, or on all, the prediction forgets its condition.
+/// On the lanes of variant 1, or on all, the components have their weights, whatever x is.
 pub struct Forget {
     pub by_lane: bool,
 }
@@ -82,19 +82,22 @@ impl Control for Forget {
         Box::new(Self { ..*self })
     }
     fn bind(&self, sites: &SiteMap, to: &mut Binding<'_>) -> Result<()> {
-        sites.select(SiteKind::Hidden, "out")?.into_iter().for_each(|site| to.at(site, 0));
+        sites.select(SiteKind::Hidden, "responsibilities")?.into_iter().for_each(|site| to.at(site, 0));
         Ok(())
     }
-    fn hidden(&self, at: At<'_>, h: Tensor, x: &Tensor) -> Result<Tensor> {
+    fn hidden(&self, at: At<'_>, h: Tensor, prior: &Tensor) -> Result<Tensor> {
         let plain = |variant: u8| !self.by_lane || variant == 1;
         let rows: Vec<bool> = at.pass.lanes.unwrap().rows().iter().map(|lane| plain(lane.variant)).collect();
-        Ok(x.f_where_self(&Tensor::from_slice(&rows).view([-1, 1, 1, 1]), &h)?)
+        Ok(prior.f_where_self(&Tensor::from_slice(&rows).view([-1, 1, 1]), &h)?)
     }
 }
 
-/// Doubles the means, in `prepare`.
-pub struct Double;
-impl Control for Double {
+/// More weight to the first component of class 3, in `prepare`.
+pub struct Tilt;
+impl Tilt {
+    pub const FACTOR: f64 = 20.0;
+}
+impl Control for Tilt {
     fn handle(&self) -> Box<dyn Control> {
         Box::new(Self)
     }
@@ -103,6 +106,6 @@ impl Control for Double {
         Ok(())
     }
     fn linear(&self, _at: At<'_>, _x: &Tensor, y: Tensor) -> Result<Tensor> {
-        Ok(y.f_mul_scalar(2.0)?)
+        Ok(y.f_add(&Tensor::f_from_slice(&[0.0, 0.0, 0.0, Self::FACTOR.ln(), 0.0])?)?)
     }
 }

@@ -1,0 +1,5 @@
+//! Energies over images, one a file.
+
+mod class;
+
+pub use class::class_energy;
