@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use controlgen_core::energy::{Energy, EnergyFn, Image, Objective, Point, Text, gradient, rerank};
-use controlgen_core::testing::TableLm;
+use controlgen_core::testing::{TableLm, contract};
 use controlgen_core::{EnableGrad, Error, LanguageModel, LmInput, Pass, Result, SharedTensor, Source};
 use tch::{Kind, Tensor, kind::DOUBLE_CPU};
 
@@ -65,6 +65,15 @@ fn the_algebra_computes() {
 }
 
 #[test]
+fn they_keep_the_contract() {
+    for energy in [square(), waves(), 2.0 * square() - waves()] {
+        contract::energy(&energy, &image(3)).unwrap();
+    }
+    let objective = Energy::new(square() + waves().at_most(1e9));
+    contract::energy(&objective, &image(2)).unwrap();
+}
+
+#[test]
 fn gradients_are_those_of_finite_differences() {
     let x = image(3);
     for energy in [square(), waves(), 2.0 * square() - waves()] {
@@ -116,6 +125,8 @@ fn a_language_model_is_an_energy_of_soft_tokens() {
     let one_hot = Tensor::from_slice2(&sequences).one_hot(4).to_kind(Kind::Double);
     close(&numbers(&nll.energy(&Text::soft(one_hot)).unwrap()), &truth, 1e-12);
     let soft = Text::soft((Tensor::arange(24, DOUBLE_CPU) * 0.7).sin().view([2, 3, 4]).softmax(-1, None));
+    contract::energy(&nll, &soft).unwrap();
+    contract::energy(&nll, &hard).unwrap();
     let _inference = tch::no_grad_guard();
     let found = gradient(&nll, &soft).unwrap().1;
     close(&numbers(&found), &differences(&nll, &soft), 1e-6);

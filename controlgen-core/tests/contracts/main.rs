@@ -1,7 +1,12 @@
 //! Contracts are tested by implementers that break them: each of them once, in the clause that is named.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod adapter;
+mod denoiser;
+mod energy;
+mod guidance;
 mod language_model;
+mod token_control;
 
 use controlgen_core::testing::contract::{Violation, clauses};
 

@@ -96,12 +96,25 @@ impl Denoiser for Gaussian {
         pass.check(&self.sites, batch)?;
         self.calls.fetch_add(1, Relaxed);
         self.rows.fetch_add(batch, Relaxed);
-        let level = (self.schedule)(t.f_get(0)?.f_double_value(&[])?);
-        let (a, s) = (level.alpha(), level.sigma());
-        let mu = prepared.tensors()[0].view([batch, 2, 1, 1]);
-        let x0 = &mu + (x - &mu * a) * (a * S * S / (a * a * S * S + s * s));
-        let x0 = pass.hidden(self.out, x0, x)?;
-        Prediction::new(x0, Parameterisation::Sample).convert(x, level, self.spec.parameterisation)
+        let kind = x.kind();
+        let (x, mu) = (x.to_kind(Kind::Double), prepared.tensors()[0].view([batch, 2, 1, 1]));
+        // Each row at its own level.
+        let mut rows = Vec::new();
+        for i in 0..batch {
+            let level = (self.schedule)(t.f_get(i)?.f_double_value(&[])?);
+            let (a, s) = (level.alpha(), level.sigma());
+            let (x, mu) = (x.narrow(0, i, 1), mu.narrow(0, i, 1));
+            let x0 = &mu + (&x - &mu * a) * (a * S * S / (a * a * S * S + s * s));
+            rows.push((level, x, x0));
+        }
+        let x0 =
+            pass.hidden(self.out, Tensor::cat(&rows.iter().map(|row| &row.2).collect::<Vec<_>>(), 0), &x)?;
+        let mut made = Vec::new();
+        for (i, (level, x, _)) in (0i64..).zip(&rows) {
+            let row = Prediction::new(x0.narrow(0, i, 1), Parameterisation::Sample);
+            made.push(row.convert(x, *level, self.spec.parameterisation)?.value);
+        }
+        Ok(Prediction::new(Tensor::cat(&made, 0).to_kind(kind), self.spec.parameterisation))
     }
     fn map_weights(&self, _f: WeightMap<'_>) -> Result<Box<dyn Denoiser>> {
         Ok(self.handle())

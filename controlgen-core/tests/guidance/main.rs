@@ -3,6 +3,7 @@
 
 mod branches;
 mod conditions;
+mod contracts;
 mod gaussian;
 mod gradients;
 mod sampling;

@@ -13,15 +13,26 @@
 //! What a contract cannot know is whether the numbers are right: that takes a reference. It knows when they
 //! contradict each other.
 
+mod adapter;
+mod denoiser;
+mod energy;
+mod guidance;
 mod language_model;
 mod probe;
+mod token_control;
+
+pub use guidance::GuidanceCase;
 
 use std::fmt;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::energy::{Energy, Image, Point};
 use crate::noise::Noise;
-use crate::{Error, LanguageModel, Result};
+use crate::{
+    Adapter, Condition, Denoiser, EnergyFn, Error, Guidance, LanguageModel, Result, Rows, TokenControl,
+    TokenControls,
+};
 
 /// A clause that does not hold.
 #[derive(Clone, PartialEq, Eq, thiserror::Error)]
@@ -79,7 +90,14 @@ pub fn clauses() -> Vec<(&'static str, Vec<&'static str>)> {
     fn names<C>(clauses: &[Clause<C>]) -> Vec<&'static str> {
         clauses.iter().map(|clause| clause.0).collect()
     }
-    vec![("language_model", names(&language_model::clauses()))]
+    vec![
+        ("language_model", names(&language_model::clauses())),
+        ("token_control", names(&token_control::clauses::<TokenControls>())),
+        ("adapter", names(&adapter::clauses())),
+        ("energy", names(&energy::clauses::<Image, Energy<Image>>())),
+        ("denoiser", names(&denoiser::clauses())),
+        ("guidance", names(&guidance::clauses())),
+    ]
 }
 
 /// Checks a language model that starts from [`Source::Rows`](crate::Source::Rows).
@@ -120,6 +138,119 @@ pub fn clauses() -> Vec<(&'static str, Vec<&'static str>)> {
 /// The first clause that does not hold.
 pub fn language_model(lm: &dyn LanguageModel) -> Result<(), Violation> {
     Options::default().language_model(lm)
+}
+
+/// Checks a control over the next token, of `vocab` tokens: three prompts of different lengths, each continued by
+/// eight tokens that the control lets pass.
+///
+/// | clause | what holds |
+/// |---|---|
+/// | `shape` | scores are f32 `[B, V]` |
+/// | `finite` | finite scores become numbers or −∞: no NaN, no +∞ |
+/// | `bans` | a token at −∞ stays there |
+/// | `twice` | scoring twice is scoring once |
+/// | `start` | two runs of one control know nothing of each other |
+/// | `rows` | a row of a batch has the scores that it has alone |
+/// | `reorder` | reordered rows go on as themselves: as a fresh run with their history |
+/// | `fork` | a row that was taken twice and goes on with different tokens has the scores of each: nothing of what the other took |
+/// | `clone` | a clone has the same role and scores, on another thread too |
+/// | `finish` | log-weights are numbers or −∞, and follow their rows |
+///
+/// # Errors
+/// The first clause that does not hold.
+pub fn token_control<C: TokenControl>(control: &C, vocab: i64) -> Result<(), Violation> {
+    Options::default().token_control(control, vocab)
+}
+
+/// Checks an adapter, of which `make` gives a new one, on a model whose sites it has.
+///
+/// | clause | what holds |
+/// |---|---|
+/// | `parameters` | there are some, of different names in a stable order; they are f32 leaves, and handles share them |
+/// | `identity` | just made it changes nothing, to the bit ([`Options::identity`]) |
+/// | `effect` | trained it changes something, and nothing once it is gone |
+/// | `gradients` | those of logits reach every parameter |
+/// | `handle` | a handle does the same, on another thread too |
+/// | `bind` | a model that has none of its sites is refused |
+/// | `save and load` | another one that loads what it saved is the same, to the bit, through all handles |
+/// | `damaged` | loading from a damaged folder gives an error and changes nothing |
+/// | `merged` | the merged model does what the control does, or merging is refused as [`Error::Unsupported`] |
+/// | `unmerged` | dropping the merged model leaves model and adapter as they were, to the bit |
+///
+/// # Errors
+/// The first clause that does not hold.
+pub fn adapter(lm: &dyn LanguageModel, make: impl Fn() -> Result<Box<dyn Adapter>>) -> Result<(), Violation> {
+    Options::default().adapter(lm, make)
+}
+
+/// Checks an energy at a point of at least two rows; in f64, where gradients are to be held to many digits.
+///
+/// | clause | what holds |
+/// |---|---|
+/// | `shape` | one floating-point number a row, for any rows, and no NaN |
+/// | `repeatable` | the second time it is the same to the bit, and the point as before |
+/// | `rows` | a row of a batch has the energy that it has alone |
+/// | `gradient` | it is that of finite differences (not for token ids, which have none) |
+/// | `gradient mode` | nothing is recorded where the caller turned gradients off, and the caller's mode is left as it was |
+/// | `clone` | a clone gives the same on another thread |
+///
+/// # Errors
+/// The first clause that does not hold.
+pub fn energy<X, E>(energy: &E, x: &X) -> Result<(), Violation>
+where
+    X: Point + Rows + Clone,
+    E: EnergyFn<X> + Clone + Send + 'static,
+{
+    Options::default().energy(energy, x)
+}
+
+/// Checks a denoiser at two different timesteps, under two conditions that give different predictions.
+///
+/// | clause | what holds |
+/// |---|---|
+/// | `spec` | predictions are of the shape and type of x, f32 and f64, in the form and with the variance that `spec` tells |
+/// | `repeatable` | equal calls give equal predictions, to the bit; x stays as it was |
+/// | `rows` | a row of a batch, with a timestep of its own, gives what it gives alone |
+/// | `select` | rows of prepared conditions by index are those conditions prepared |
+/// | `handle` | a handle does the same, also with what the original prepared, on another thread too |
+/// | `gradients` | those at x are those of finite differences |
+/// | `no gradients` | where the caller turned gradients off, nothing is recorded |
+/// | `conditions` | class −1 is refused |
+/// | `prepared` | what another model prepared, or the same under other controls, is refused |
+/// | `bad input` | wrong shapes, types and numbers of rows are refused by type |
+/// | `lanes` | lanes that are not one a row are refused |
+/// | `foreign sites` | controls bound to another model are refused |
+/// | `sites` | of one kind no two have a name or alias in common |
+/// | `hooks` | preparing and predicting come by every declared site, with values of the declared dimensions |
+/// | `identity control` | a control that does nothing at every site changes nothing, to the bit |
+/// | `effect` | what a control changes at a site changes the prediction |
+/// | `map_weights` | without an answer nothing changes, to the bit; with one the original stays |
+///
+/// # Errors
+/// The first clause that does not hold.
+pub fn denoiser(model: &dyn Denoiser, conditions: &[Condition], timesteps: &[f64]) -> Result<(), Violation> {
+    Options::default().denoiser(model, conditions, timesteps)
+}
+
+/// Checks a stage of guidance on predictions that the contract makes itself.
+///
+/// | clause | what holds |
+/// |---|---|
+/// | `needs` | it depends on the step alone, and names no branch twice |
+/// | `before` | x keeps its shape and type, and its values unless [`GuidanceCase::replaces_x`] |
+/// | `declared` | the stage gets by with the branches and gradients that it declared, and asks for none of them late |
+/// | `shape` | prediction and shift are finite, of the shape and type of x; the x they are of stays |
+/// | `gradient mode` | the caller's mode is left as it was |
+/// | `memory` | two runs know nothing of each other |
+/// | `rows` | a row of a batch is guided as it is alone |
+/// | `forms` | the guided prediction is the same whatever form the model predicts in |
+/// | `handle` | a handle does the same on another thread |
+/// | `neutral` | [`GuidanceCase::neutral`], if given, leaves the prediction as it was |
+///
+/// # Errors
+/// The first clause that does not hold.
+pub fn guidance(stage: &dyn Guidance, case: &GuidanceCase<'_>) -> Result<(), Violation> {
+    Options::default().guidance(stage, case)
 }
 
 /// What a clause is called, and how it is checked.
@@ -257,4 +388,43 @@ fn on_thread<R: Send + 'static>(f: impl FnOnce() -> Result<R> + Send + 'static) 
 fn recording() -> Result<bool> {
     let leaf = Tensor::f_ones([1], tch::kind::FLOAT_CPU)?.f_set_requires_grad(true)?;
     Ok(leaf.f_mul_scalar(2.0)?.requires_grad())
+}
+
+/// Demands that `gradient` be that of f `[B]` at x `[B, ..]`, whose rows are independent: along random directions, by
+/// central differences of fourth order. Roundings spoil small steps, and kinks large ones: one must do.
+fn by_differences(
+    what: &str,
+    x: &Tensor,
+    gradient: &Tensor,
+    seed: u64,
+    f: &dyn Fn(&Tensor) -> Result<Tensor>,
+) -> Check {
+    sized(what, gradient, &x.size())?;
+    let double = x.f_kind()? == Kind::Double;
+    let (steps, tolerance) = if double { ([1e-3, 1e-4, 1e-5], 1e-5) } else { ([2e-2, 5e-3, 1e-3], 5e-2) };
+    let scale = x.f_to_kind(Kind::Double)?.f_square()?.f_mean(None::<Kind>)?.f_sqrt()?.f_double_value(&[])?;
+    for salt in 1..=3 {
+        let u = noise(seed, salt, &x.size(), (x.f_kind()?, x.device()))?.f_mul_scalar(scale.max(1e-3))?;
+        let product = gradient.f_mul(&u)?.f_to_kind(Kind::Double)?.f_flatten(1, -1)?;
+        let slopes: Vec<f64> = Vec::try_from(product.f_sum_dim_intlist(&[1i64][..], false, None::<Kind>)?)?;
+        let mut told = Ok(());
+        for h in steps {
+            let at = |k: f64| -> Result<Vec<f64>> {
+                Ok(Vec::try_from(f(&x.f_add(&u.f_mul_scalar(k * h)?)?)?.f_to_kind(Kind::Double)?)?)
+            };
+            let (a, b, c, d) = (at(-2.0)?, at(-1.0)?, at(1.0)?, at(2.0)?);
+            let slope = |i: usize| (8.0 * (c[i] - b[i]) - (d[i] - a[i])) / (12.0 * h);
+            let expected: Vec<f64> = (0..a.len()).map(slope).collect();
+            let largest = expected.iter().fold(1e-6f64, |m, x| m.max(x.abs()));
+            told = slopes.iter().zip(&expected).enumerate().try_for_each(|(row, (found, expected))| {
+                let expect = format!("{what}: a slope of {expected:.6} in row {row}, by finite differences");
+                demand((found - expected).abs() <= tolerance * largest, expect, format!("{found:.6}"))
+            });
+            if told.is_ok() {
+                break;
+            }
+        }
+        told?;
+    }
+    Ok(())
 }
