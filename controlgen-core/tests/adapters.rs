@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use controlgen_core::testing::TableLm;
+use controlgen_core::testing::{TableLm, contract};
 use controlgen_core::{
     Adapter, At, Binding, Control, Controls, Error, LanguageModel, LmInput, MergedWeights, Pass, Result,
     SiteKind, SiteMap, Source, copy_parameters,
@@ -86,6 +86,11 @@ fn train(adapter: &dyn Adapter) {
     let _no_gradients = tch::no_grad_guard();
     let mut b = adapter.parameters().remove(1).1;
     b.copy_(&(Tensor::arange(10, FLOAT_CPU) * 0.9).cos().view([5, 2]));
+}
+
+#[test]
+fn it_keeps_the_contract() {
+    contract::adapter(&parts().0, || Ok(parts().1)).unwrap();
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Energies: their algebra, gradients against finite differences, constraints, and every refusal.
 #![allow(clippy::unwrap_used)]
 
-use controlgen_core::energy::{Energy, EnergyFn, Image, Objective, Point, Text, gradient, rerank};
-use controlgen_core::testing::TableLm;
+use controlgen_core::energy::{Energy, EnergyFn, Image, Objective, Point, Text, gradient, langevin, rerank};
+use controlgen_core::noise::Noise;
+use controlgen_core::testing::{TableLm, contract, ks_test};
 use controlgen_core::{EnableGrad, Error, LanguageModel, LmInput, Pass, Result, SharedTensor, Source};
 use tch::{Kind, Tensor, kind::DOUBLE_CPU};
 
@@ -65,6 +66,15 @@ fn the_algebra_computes() {
 }
 
 #[test]
+fn they_keep_the_contract() {
+    for energy in [square(), waves(), 2.0 * square() - waves()] {
+        contract::energy(&energy, &image(3)).unwrap();
+    }
+    let objective = Energy::new(square() + waves().at_most(1e9));
+    contract::energy(&objective, &image(2)).unwrap();
+}
+
+#[test]
 fn gradients_are_those_of_finite_differences() {
     let x = image(3);
     for energy in [square(), waves(), 2.0 * square() - waves()] {
@@ -116,6 +126,8 @@ fn a_language_model_is_an_energy_of_soft_tokens() {
     let one_hot = Tensor::from_slice2(&sequences).one_hot(4).to_kind(Kind::Double);
     close(&numbers(&nll.energy(&Text::soft(one_hot)).unwrap()), &truth, 1e-12);
     let soft = Text::soft((Tensor::arange(24, DOUBLE_CPU) * 0.7).sin().view([2, 3, 4]).softmax(-1, None));
+    contract::energy(&nll, &soft).unwrap();
+    contract::energy(&nll, &hard).unwrap();
     let _inference = tch::no_grad_guard();
     let found = gradient(&nll, &soft).unwrap().1;
     close(&numbers(&found), &differences(&nll, &soft), 1e-6);
@@ -123,6 +135,54 @@ fn a_language_model_is_an_energy_of_soft_tokens() {
     // The lower energy is the likelier sequence.
     let expected = if truth[0] <= truth[1] { [0, 1] } else { [1, 0] };
     assert_eq!(rerank(&nll, &hard).unwrap(), expected);
+}
+
+/// E = x²/(2 s²): a chain of steps η has the variance s² / (1 − η/(2 s²)), exactly.
+#[test]
+fn langevin_has_the_variance_of_its_step_size() {
+    const ALPHA: f64 = 0.001;
+    let (s2, rows) = (0.7f64, 500);
+    let energy = 0.5 / s2 * square();
+    for eta in [0.1, 0.6] {
+        let mut x = Image(Tensor::zeros([rows, 2, 2, 2], DOUBLE_CPU));
+        let mut noise = Noise::seeded(11).streams(rows as usize);
+        // The start is forgotten by |1 − η/s²| a step.
+        for _ in 0..150 {
+            x = langevin(&energy, &x, eta, &mut noise).unwrap().1;
+        }
+        let samples = numbers(&x.0);
+        let normal = |variance: f64| {
+            move |x: f64| {
+                let erf = Tensor::from(x / (2.0 * variance).sqrt()).erf().double_value(&[]);
+                0.5 * (1.0 + erf)
+            }
+        };
+        let p = ks_test(&samples, normal(s2 / (1.0 - eta / (2.0 * s2)))).unwrap();
+        assert!(p > ALPHA, "step {eta}: p = {p}");
+        if eta > 0.5 {
+            let p = ks_test(&samples, normal(s2)).unwrap();
+            assert!(p < ALPHA, "the target's own variance should be refused: p = {p}");
+        }
+    }
+    // A row's chain is its own.
+    let walk = |rows: i64, of: std::ops::Range<usize>| {
+        let mut x = Image(image(3).0.narrow(0, of.start as i64, rows));
+        let mut noise = Noise::seeded(2).streams(3)[of].to_vec();
+        for _ in 0..5 {
+            x = langevin(&energy, &x, 0.1, &mut noise).unwrap().1;
+        }
+        x.0
+    };
+    assert!(walk(3, 0..3).narrow(0, 1, 1).equal(&walk(1, 1..2)));
+    let x = image(1);
+    let mut noise = Noise::seeded(0).streams(1);
+    let value = langevin(&energy, &x, 0.1, &mut noise).unwrap().0;
+    close(&numbers(&value), &numbers(&energy.energy(&x).unwrap()), 1e-12);
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        assert!(matches!(langevin(&energy, &x, bad, &mut noise), Err(Error::Value { .. })));
+    }
+    let two = &mut Noise::seeded(0).streams(2);
+    assert!(matches!(langevin(&energy, &x, 0.1, two), Err(Error::Shape { .. })));
 }
 
 #[test]

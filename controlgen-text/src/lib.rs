@@ -25,6 +25,7 @@
 
 pub mod chat;
 pub mod controls;
+pub mod energies;
 mod generate;
 #[cfg(feature = "gguf")]
 pub mod gguf;

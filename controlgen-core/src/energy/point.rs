@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use crate::denoiser::NoiseLevel;
-use crate::{Error, Result};
+use crate::{Error, Result, Rows};
 
 /// A batch of x at which a gradient can be taken: the tensor that is free to move, and the same point around another
 /// one.
@@ -79,6 +79,25 @@ impl Point for Text {
     }
 }
 
+/// Another handle over the same storage.
+impl Clone for Text {
+    fn clone(&self) -> Self {
+        let keep = self.keep().map(Tensor::shallow_clone);
+        match self {
+            Self::Hard { ids, .. } => Self::Hard { ids: ids.shallow_clone(), keep },
+            Self::Soft { probs, .. } => Self::Soft { probs: probs.shallow_clone(), keep },
+        }
+    }
+}
+
+impl Rows for Text {
+    fn reorder(&mut self, rows: &[i64]) -> Result<()> {
+        let (Self::Hard { ids: text, keep } | Self::Soft { probs: text, keep }) = self;
+        text.reorder(rows)?;
+        keep.as_mut().map_or(Ok(()), |keep| keep.reorder(rows))
+    }
+}
+
 /// Images or latents without noise, `[B, C, H, W]`; pixels in −1 ..= 1.
 pub struct Image(pub Tensor);
 
@@ -89,6 +108,19 @@ impl Point for Image {
 
     fn rebuilt(&self, free: Tensor) -> Self {
         Self(free)
+    }
+}
+
+/// Another handle over the same storage.
+impl Clone for Image {
+    fn clone(&self) -> Self {
+        Self(self.0.shallow_clone())
+    }
+}
+
+impl Rows for Image {
+    fn reorder(&mut self, rows: &[i64]) -> Result<()> {
+        self.0.reorder(rows)
     }
 }
 
@@ -107,5 +139,18 @@ impl Point for Noised {
 
     fn rebuilt(&self, free: Tensor) -> Self {
         Self { x: free, level: self.level }
+    }
+}
+
+/// Another handle over the same storage.
+impl Clone for Noised {
+    fn clone(&self) -> Self {
+        Self { x: self.x.shallow_clone(), level: self.level }
+    }
+}
+
+impl Rows for Noised {
+    fn reorder(&mut self, rows: &[i64]) -> Result<()> {
+        self.x.reorder(rows)
     }
 }

@@ -1,8 +1,10 @@
-//! Test models whose truth is known, statistics, and strategies for property tests.
+//! Contracts for every implementer of a trait, test models whose truth is known, statistics, and strategies for
+//! property tests.
 
 mod batch;
 #[cfg(feature = "bench")]
 pub mod bench;
+pub mod contract;
 mod mixture;
 mod mixture_denoiser;
 mod statistics;

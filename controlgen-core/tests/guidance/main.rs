@@ -3,6 +3,7 @@
 
 mod branches;
 mod conditions;
+mod contracts;
 mod gradients;
 mod sampling;
 mod stages;

@@ -1,5 +1,5 @@
 //! The small random models of `tests/fixtures`, which `benches/reference/text_fixtures.py` makes.
-#![allow(clippy::unwrap_used)] // helpers of tests
+#![allow(dead_code, clippy::unwrap_used)] // helpers of tests, of which each uses a part
 
 use std::path::{Path, PathBuf};
 

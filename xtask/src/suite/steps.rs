@@ -42,7 +42,12 @@ pub const STEPS: &[Step] = &[
         needs_setup: true,
         run: features,
     },
-    Step { name: "downstream", about: "a crate outside the workspace", needs_setup: true, run: downstream },
+    Step {
+        name: "downstream",
+        about: "a crate outside the workspace, and its tests",
+        needs_setup: true,
+        run: downstream,
+    },
     Step { name: "demo", about: "text from the model under controls", needs_setup: true, run: demo },
     Step { name: "device", about: "the checks of a device, on the CPU", needs_setup: true, run: device },
     Step { name: "docs-rs", about: "the documentation without LibTorch", needs_setup: false, run: docs_rs },
@@ -163,7 +168,9 @@ fn downstream(suite: &Suite) -> Result<Outcome> {
     command.env("CARGO_TARGET_DIR", &suite.workspace.target);
     println!("$ {}", process::shown(&command));
     let binary = process::build_binary(&mut command, "downstream")?;
-    run(&mut process::started_directly(&binary, root))
+    run(&mut process::started_directly(&binary, root))?;
+    let mut command = suite.cargo(&["test", "--manifest-path", DOWNSTREAM, "--tests"]);
+    run(command.env("CARGO_TARGET_DIR", &suite.workspace.target))
 }
 
 fn demo(suite: &Suite) -> Result<Outcome> {

@@ -1,0 +1,63 @@
+//! The contracts of `controlgen_core::testing` on everything of this crate that implements a trait.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod common;
+
+use common::{MODELS, folder};
+use controlgen_core::testing::contract;
+use controlgen_core::{Placement, TokenControl, TokenControls};
+use controlgen_text::controls::*;
+use controlgen_text::models;
+
+#[test]
+fn language_models() {
+    // The models are small: threads would only wait for each other.
+    tch::set_num_threads(1);
+    for name in MODELS {
+        let lm = models::open(&folder(name), Placement::CPU).unwrap();
+        contract::language_model(&*lm).unwrap_or_else(|violation| panic!("{name}: {violation}"));
+    }
+}
+
+const VOCAB: i64 = 11;
+
+#[track_caller]
+fn control(name: &str, control: &impl TokenControl) {
+    contract::token_control(control, VOCAB).unwrap_or_else(|violation| panic!("{name}: {violation}"));
+}
+
+/// In the order of the table in `controls/mod.rs`, with every option.
+#[test]
+fn token_controls() {
+    control("temperature", &Temperature::new(0.7).unwrap());
+    control("top-k", &TopK::new(4).unwrap());
+    control("top-k", &TopK::new(1).unwrap().min_tokens_to_keep(2).unwrap());
+    control("top-p", &TopP::new(0.8).unwrap());
+    control("top-p", &TopP::new(0.1).unwrap().min_tokens_to_keep(3).unwrap());
+    control("min-p", &MinP::new(0.2).unwrap());
+    control("min-p", &MinP::new(0.9).unwrap().min_tokens_to_keep(3).unwrap());
+    control("typical", &Typical::new(0.6).unwrap());
+    control("typical", &Typical::new(0.2).unwrap().min_tokens_to_keep(3).unwrap());
+    control("epsilon cutoff", &EpsilonCutoff::new(0.05).unwrap());
+    control("eta cutoff", &EtaCutoff::new(0.05).unwrap());
+    control("repetition penalty", &RepetitionPenalty::new(1.4).unwrap());
+    control("repetition penalty", &RepetitionPenalty::new(0.6).unwrap().generated_only());
+    control("repetition penalty", &RepetitionPenalty::new(1.4).unwrap().normalised());
+    control("frequency and presence", &FrequencyPresence::new(0.3, 0.4).unwrap());
+    control("no repeated n-gram", &NoRepeatNgram::new(1).unwrap());
+    control("no repeated n-gram", &NoRepeatNgram::new(2).unwrap());
+    control("suppress", &Suppress::new([3, 5]).unwrap());
+    control("banned words", &BannedWords::new([&[2][..], &[3, 4], &[5, 6, 7]]).unwrap());
+    control("logit bias", &LogitBias::new([(2, 1.5), (3, f64::NEG_INFINITY)]).unwrap());
+    control("logit bias", &LogitBias::sequences([([4, 5], 2.0), ([5, 4], -2.0)]).unwrap());
+    control("minimum length", &MinLength::new(3, [1]).unwrap());
+    control("minimum length", &MinLength::total(5, [1, 2]).unwrap());
+    control("forced prefix", &ForcedPrefix::new([3, 7, 2]).unwrap());
+    let stack = TokenControls::new()
+        .with(RepetitionPenalty::new(1.3).unwrap())
+        .with(NoRepeatNgram::new(2).unwrap())
+        .with(MinLength::new(2, [1]).unwrap())
+        .with(Temperature::new(0.8).unwrap())
+        .with(TopP::new(0.9).unwrap());
+    control("a stack", &stack);
+}
