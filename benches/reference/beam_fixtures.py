@@ -37,6 +37,19 @@ def controls(config):
     return made
 
 
+KNOWN = {}
+
+
+def log_probs(model, ids):
+    """Of the token after each row; each row is run once in the life of the model."""
+    new = [row for row in ids.tolist() if tuple(row) not in KNOWN]
+    if new:
+        with torch.no_grad():
+            rows = model(torch.tensor(new), use_cache=False).logits[:, -1].float().log_softmax(-1)
+        KNOWN.update((tuple(row), result.clone()) for row, result in zip(new, rows))
+    return torch.stack([KNOWN[tuple(row)] for row in ids.tolist()])
+
+
 class Group:
     """The beams of one group: (token ids, sum of scores) that go on, and (score, token ids) that have ended."""
 
@@ -61,13 +74,12 @@ def search(model, prompt, config):
         gap = min([gap, *(b - a for a, b in zip(values, values[1:]))])
 
     for step in range(1, longest + 1):
-        chosen = Counter()  # by the groups before, in this step
+        chosen = Counter()  # by the groups before, in this step; to end is no choice that others avoid
         for group in all_groups:
             if group.over:
                 continue
             ids = torch.tensor([prompt + said for said, _ in group.running])
-            with torch.no_grad():
-                scores = model(ids, use_cache=False).logits[:, -1].float().log_softmax(-1)
+            scores = log_probs(model, ids)
             for control in controls(config):
                 scores = control(ids, scores)
             for token, times in chosen.items():
@@ -85,6 +97,7 @@ def search(model, prompt, config):
                 if said[-1] in eos or step == longest:
                     if rank < width:
                         group.ended.append((total / step**power, said))
+                        chosen.update(said[-1:] if said[-1] not in eos else [])
                 elif len(going) < width:
                     going.append((said, total))
             near([score for score, _ in group.ended])
@@ -166,6 +179,7 @@ def grid(base):
 
 
 def load(folder):
+    KNOWN.clear()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config = GenerationConfig()
     return model

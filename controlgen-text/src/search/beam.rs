@@ -1,6 +1,7 @@
 //! Beam search: the best few hypotheses of each prompt, extended together.
 
 use controlgen_core::{Error, Result};
+use serde::{Deserialize, Serialize};
 
 use super::beams::{Plan, run};
 use super::{Finish, Hypothesis, Listener, Task};
@@ -31,7 +32,8 @@ pub struct BeamSearch {
 }
 
 /// When a prompt's search is over, beside the limits of length. In all cases `num_beams` hypotheses must be finished.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Spelled", into = "Spelled")]
 pub enum EarlyStopping {
     /// Once the best that goes on, ended here, would not be better than the worst that is finished: transformers'
     /// `false`. With a positive length penalty a longer one might still have been.
@@ -42,6 +44,37 @@ pub enum EarlyStopping {
     /// Once the best that goes on could not be better than the worst that is finished, at any length that is
     /// allowed: transformers' `"never"`. It holds if no score is positive and no control gives a log-weight.
     Never,
+}
+
+/// [`EarlyStopping`] as transformers writes it.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected true, false or \"never\"")]
+enum Spelled {
+    Flag(bool),
+    Word(String),
+}
+
+impl From<EarlyStopping> for Spelled {
+    fn from(early_stopping: EarlyStopping) -> Self {
+        match early_stopping {
+            EarlyStopping::Heuristic => Self::Flag(false),
+            EarlyStopping::WhenFull => Self::Flag(true),
+            EarlyStopping::Never => Self::Word("never".into()),
+        }
+    }
+}
+
+impl TryFrom<Spelled> for EarlyStopping {
+    type Error = Error;
+
+    fn try_from(spelled: Spelled) -> Result<Self> {
+        match spelled {
+            Spelled::Flag(false) => Ok(Self::Heuristic),
+            Spelled::Flag(true) => Ok(Self::WhenFull),
+            Spelled::Word(word) if word == "never" => Ok(Self::Never),
+            Spelled::Word(word) => Err(Error::value("early_stopping", "true, false or \"never\"", word)),
+        }
+    }
 }
 
 impl BeamSearch {

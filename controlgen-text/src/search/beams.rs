@@ -16,7 +16,7 @@ pub(super) struct Plan {
     /// The search of each group.
     pub(super) beams: BeamSearch,
     pub(super) groups: usize,
-    /// What a token costs for each beam of an earlier group that just took it.
+    /// What a token costs for each beam of an earlier group that just chose it.
     pub(super) diversity_penalty: f64,
 }
 
@@ -222,23 +222,22 @@ fn choose(
                 }
                 let mut so_far = sets[set].extended(candidate, ends.then_some(Finish::Eos(token)));
                 if !ends {
-                    let finish = match listener.token(Chosen { so_far: &so_far, token, row: fork.told })? {
-                        After::Finish => Some(Finish::Stopped),
-                        After::Continue => last.cloned(),
-                    };
+                    let after = listener.token(Chosen { so_far: &so_far, token, row: fork.told })?;
+                    let finish = if after == After::Finish { Some(&Finish::Stopped) } else { last };
+                    if finish.map_or(running.len(), |_| rank) >= num_beams {
+                        continue;
+                    }
+                    if after == After::Continue {
+                        taken[sets[set].prompt].add(token);
+                    }
                     let Some(finish) = finish else {
-                        if running.len() < num_beams {
-                            running.push(Beam { row: forks.going.len(), so_far });
-                            forks.going.push(fork);
-                            taken[sets[set].prompt].add(token);
-                        }
+                        running.push(Beam { row: forks.going.len(), so_far });
+                        forks.going.push(fork);
                         continue;
                     };
-                    so_far.finish = finish;
+                    so_far.finish = finish.clone();
                 }
-                if rank < num_beams {
-                    forks.ending.push((fork, so_far));
-                }
+                forks.ending.push((fork, so_far));
             }
             sets[set].running = running;
         }

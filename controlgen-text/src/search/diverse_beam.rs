@@ -7,13 +7,13 @@ use super::beams::{Plan, run};
 use super::{Hypothesis, Listener, Task};
 
 /// Beam search in groups that take turns at each step: a group's candidates lose `diversity_penalty` for each beam of
-/// an earlier group that just went on with the same token. Vijayakumar, Cogswell, Selvaraju, Sun, Lee, Crandall and
+/// an earlier group that just chose the same token. Vijayakumar, Cogswell, Selvaraju, Sun, Lee, Crandall and
 /// Batra, "Diverse Beam Search for Improved Description of Complex Scenes" (AAAI 2018), algorithm 1 with the Hamming
 /// diversity of section 5.1.
 ///
 /// Each group is a [`BeamSearch`] of num_beams / num_beam_groups beams that ends by itself; the first is undisturbed.
-/// What a hypothesis lost stays lost: its score is lower by it. A token that ends a hypothesis is no choice that later
-/// groups avoid. The penalty comes after the controls. The best `n` of all groups are given; with n = num_beams they
+/// What a hypothesis lost stays lost: its score is lower by it. A token that ends a hypothesis, by itself or with a
+/// stop string, is no choice that later groups avoid. The penalty comes after the controls. The best `n` of all groups are given; with n = num_beams they
 /// are all there.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DiverseBeamSearch {
@@ -55,7 +55,7 @@ pub fn diverse_beam_search(
     run(task, &Plan { beams, groups, diversity_penalty }, listener)
 }
 
-/// What a prompt's groups have gone on with in this step.
+/// What a prompt's groups have chosen in this step.
 #[derive(Default)]
 pub(super) struct Taken(Vec<i64>);
 

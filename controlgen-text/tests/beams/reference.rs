@@ -1,47 +1,15 @@
-//! Beam search against transformers, diverse beam search against the paper (`benches/reference/beam_fixtures.py`), and
-//! both against enumeration.
-#![allow(clippy::unwrap_used, clippy::panic)]
+//! The cases of `benches/reference/beam_fixtures.py`.
 
-mod common;
-
-use controlgen_core::{Error, LanguageModel, Pass, Placement, TokenControls};
+use controlgen_core::{LanguageModel, Pass, Placement, TokenControls};
 use controlgen_text::controls::{NoRepeatNgram, RepetitionPenalty};
 use controlgen_text::models;
-use controlgen_text::search::{
-    BeamSearch, DiverseBeamSearch, EarlyStopping, Finish, Hypothesis, Listener, Task, beam_search,
-    diverse_beam_search,
-};
+use controlgen_text::search::{BeamSearch, DiverseBeamSearch, EarlyStopping, Hypothesis, Task};
 use serde_json::Value;
+
+use crate::{Search, folder, said};
 
 /// How far scores may be from the reference's.
 const NEAR: f64 = 1e-3;
-
-/// The whole continuation, the token that ended it included.
-fn said(hypothesis: &Hypothesis) -> Vec<i64> {
-    let mut ids = hypothesis.ids.clone();
-    if let Finish::Eos(token) = hypothesis.finish {
-        ids.push(token);
-    }
-    ids
-}
-
-/// A search, whichever it is.
-#[derive(Clone, Copy, Debug)]
-enum Search {
-    Beam(BeamSearch),
-    Diverse(DiverseBeamSearch),
-}
-
-impl Search {
-    fn run(&self, task: &Task<'_>, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>, Error> {
-        match self {
-            Self::Beam(search) => beam_search(task, search, listener),
-            Self::Diverse(search) => diverse_beam_search(task, search, listener),
-        }
-    }
-}
-
-// ---- the reference's cases ----------------------------------------------------------------------------------------
 
 fn ids(value: &Value) -> Vec<i64> {
     value.as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect()
@@ -86,7 +54,9 @@ fn controls(config: &Value) -> TokenControls {
 
 #[test]
 fn hypotheses_and_scores_are_the_references() {
-    let path = common::folder("beams.json");
+    // The models are too small for more threads.
+    tch::set_num_threads(1);
+    let path = folder("beams.json");
     let fixture: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let prompts: Vec<Vec<i64>> = fixture["prompts"].as_array().unwrap().iter().map(ids).collect();
     let cases = fixture["cases"].as_array().unwrap();
@@ -95,7 +65,7 @@ fn hypotheses_and_scores_are_the_references() {
     for case in cases {
         let (name, config) = (case["model"].as_str().unwrap(), &case["config"]);
         if lm.as_ref().is_none_or(|(open, _)| *open != name) {
-            lm = Some((name, models::open(&common::folder(name), Placement::CPU).unwrap()));
+            lm = Some((name, models::open(&folder(name), Placement::CPU).unwrap()));
         }
         let (eos, controls) = (ids(&config["eos_token_id"]), controls(config));
         let task = Task {
@@ -123,7 +93,10 @@ fn hypotheses_and_scores_are_the_references() {
             }
         }
     }
-    println!("{same} of {} n-best lists are the reference's; scores differ by {worst:.1e}", same + wrong.len());
+    println!(
+        "{same} of {} n-best lists are the reference's; scores differ by {worst:.1e}",
+        same + wrong.len()
+    );
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert!(worst <= NEAR, "scores differ by {worst}");
 }
