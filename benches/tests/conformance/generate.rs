@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::support::{MODELS, cases, spelled, succeed, tool, with_tokenizer};
+use crate::support::{MODELS, cases, fixture, spelled, succeed, tool, with_tokenizer};
 
 fn joined(ids: &[i64]) -> String {
     ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
@@ -155,6 +155,38 @@ fn several_sequences_of_a_prompt_follow_their_seed() {
     let all: Vec<_> = sequences(&two_prompts).iter().map(ids).collect();
     assert_eq!(all.len(), 4, "prompt by prompt, sample by sample");
     assert_eq!(all[..2], sets[..2]);
+}
+
+/// The configurations of the fixture are transformers' own, and given to the tool as they are.
+#[test]
+fn beams_equal_those_of_the_reference() {
+    let fixture: Value = serde_json::from_slice(&std::fs::read(fixture("beams.json")).unwrap()).unwrap();
+    let prompts: Vec<Vec<i64>> = serde_json::from_value(fixture["prompts"].clone()).unwrap();
+    let name = "gpt2_gelu_new";
+    let model = with_tokenizer(name);
+    let (mut lists, mut worst) = (0, 0f64);
+    let cases = fixture["cases"].as_array().unwrap().iter().filter(|case| case["model"] == name);
+    for case in cases.step_by(3) {
+        let line = generate(model.path(), &case["config"], &as_strs(&flags(&prompts)));
+        let expected: Vec<&Value> =
+            case["expected"].as_array().unwrap().iter().flat_map(|list| list.as_array().unwrap()).collect();
+        assert_eq!(sequences(&line).len(), expected.len());
+        for (sequence, expected) in sequences(&line).iter().zip(expected) {
+            // The token that ended it is not among our ids.
+            let (new, mut whole) = (ids(sequence), ids(expected));
+            if new.len() < whole.len() {
+                let end = whole.pop().unwrap();
+                assert!(case["config"]["eos_token_id"].as_array().unwrap().contains(&json!(end)));
+            }
+            assert_eq!(new, whole, "{}", case["config"]);
+            assert_eq!(sequence["text"], spelled(&new));
+            let score = |sequence: &Value| sequence["score"].as_f64().unwrap();
+            worst = worst.max((score(sequence) - score(expected)).abs());
+        }
+        lists += 1;
+    }
+    assert!(lists > 8 && worst <= 1e-3, "{lists} configurations; scores differ by {worst}");
+    println!("{lists} configurations; scores differ by at most {worst:.1e}");
 }
 
 #[test]

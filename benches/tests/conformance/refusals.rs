@@ -157,7 +157,10 @@ fn generation_configurations() {
     refused(&json!({ "max_new_tokens": -5 }), &["test_config.json", "-5"]);
     refused(&json!({ "max_new_tokens": "5" }), &["test_config.json", "string"]);
     refused(&json!([1]), &["test_config.json", "expected a JSON object"]);
-    refused(&json!({ "num_beams": 4 }), &["num_beams = 4", "num_beams = 1"]);
+    refused(&json!({ "num_beams": 4, "do_sample": true }), &["do_sample with num_beams = 4"]);
+    refused(&json!({ "num_beams": 4, "num_return_sequences": 5 }), &["at most num_beams = 4", "5"]);
+    refused(&json!({ "num_beams": 0 }), &["num_beams", "at least 1"]);
+    refused(&json!({ "early_stopping": "always" }), &["test_config.json", "early_stopping", "always"]);
     refused(&json!({ "num_return_sequences": 0 }), &["at least 1"]);
     for n in [2_000_000, 100_000_000_000, u64::MAX] {
         refused(&json!({ "num_return_sequences": n }), &["at most 1048576", &n.to_string()]);

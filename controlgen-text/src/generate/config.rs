@@ -5,11 +5,12 @@ use std::path::Path;
 use controlgen_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{Choice, Generate};
+use super::{Choice, Generate, Search};
 use crate::controls::{
     BannedWords, EpsilonCutoff, EtaCutoff, ForcedPrefix, FrequencyPresence, LogitBias, MinLength, MinP,
     NoRepeatNgram, RepetitionPenalty, Suppress, Temperature, TopK, TopP, Typical,
 };
+use crate::search::{BeamSearch, DiverseBeamSearch, EarlyStopping};
 use crate::tokenizer::Special;
 
 /// What to generate with, under the field names of transformers' GenerationConfig.
@@ -66,8 +67,16 @@ pub struct GenerationConfig {
     pub sequence_bias: Option<Vec<(Vec<i64>, f64)>>,
     /// Completions of each prompt.
     pub num_return_sequences: Option<usize>,
-    /// 1: search by beams is not among the searches yet.
+    /// Hypotheses of each prompt that are kept; 1 is no search by beams. Beams are not sampled: not with `do_sample`.
     pub num_beams: Option<usize>,
+    /// The power of the length that a beam's score is divided by.
+    pub length_penalty: Option<f64>,
+    /// When a search by beams is over: `true`, `false` or `"never"`.
+    pub early_stopping: Option<EarlyStopping>,
+    /// Groups of beams that avoid each other, a divisor of `num_beams`; 1 is none.
+    pub num_beam_groups: Option<usize>,
+    /// What a token costs for each beam of an earlier group that says it, > 0; 0 where there are no groups.
+    pub diversity_penalty: Option<f64>,
     /// Texts that end a completion.
     pub stop: Option<Vec<String>>,
     /// The same, by transformers' name.
@@ -123,15 +132,13 @@ impl GenerationConfig {
 
     /// Adds what is asked for to a generation.
     pub(super) fn apply(&self, to: &mut Generate<'_>) -> Result<()> {
-        if let Some(beams) = self.num_beams.filter(|&beams| beams != 1) {
-            return Err(Error::unsupported(format!("num_beams = {beams}"), "num_beams = 1"));
-        }
         if let Some(ids) = &self.eos_token_id {
             to.eos = Some(ids.to_vec());
         }
         let eos = to.eos.clone().unwrap_or_else(|| to.model.eos().to_vec());
         self.bans(to, &eos)?;
         self.warps(to)?;
+        self.beams(to)?;
         if let Some(n) = self.num_return_sequences {
             to.n = n;
         }
@@ -189,11 +196,11 @@ impl GenerationConfig {
     /// What shapes the distribution that is sampled.
     fn warps(&self, to: &mut Generate<'_>) -> Result<()> {
         if !self.do_sample {
-            to.choice = Choice::Greedy;
+            to.search = Search::Sampling(Choice::Greedy);
             return Ok(());
         }
-        if let Choice::Greedy = to.choice {
-            to.choice = Choice::Sample { seed: 0, first: 0 };
+        if !matches!(to.search, Search::Sampling(Choice::Sample { .. })) {
+            to.search = Search::Sampling(Choice::Sample { seed: 0, first: 0 });
         }
         let controls = &mut to.controls;
         if let Some(temperature) = self.temperature {
@@ -217,6 +224,27 @@ impl GenerationConfig {
         if let Some(epsilon) = self.eta_cutoff.filter(|&epsilon| epsilon > 0.0) {
             controls.push(EtaCutoff::new(epsilon)?);
         }
+        Ok(())
+    }
+
+    /// Search by beams. Without them, what else is said of beams must make sense, and is not used.
+    fn beams(&self, to: &mut Generate<'_>) -> Result<()> {
+        let search = BeamSearch::new(self.num_beams.unwrap_or(1))?
+            .length_penalty(self.length_penalty.unwrap_or(1.0))?
+            .early_stopping(self.early_stopping.unwrap_or_default());
+        let diverse = match (self.num_beam_groups.unwrap_or(1), self.diversity_penalty.unwrap_or(0.0)) {
+            (1, 0.0) => None,
+            (1, penalty) => {
+                return Err(Error::value("diversity_penalty", "0 with num_beam_groups = 1", penalty));
+            }
+            (groups, penalty) => Some(DiverseBeamSearch::new(search, groups, penalty)?),
+        };
+        let Some(beams) = self.num_beams.filter(|&beams| beams > 1) else { return Ok(()) };
+        if self.do_sample {
+            let what = format!("do_sample with num_beams = {beams}");
+            return Err(Error::unsupported(what, "one of the two"));
+        }
+        to.search = diverse.map_or(Search::Beam(search), Search::DiverseBeam);
         Ok(())
     }
 }

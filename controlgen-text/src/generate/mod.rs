@@ -1,6 +1,7 @@
 //! Generation: prompts in, text out, under any stack of controls.
 
 mod config;
+mod texts;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,8 +13,9 @@ use controlgen_core::{
 
 use crate::chat::{ChatOptions, ChatTemplate, Message};
 use crate::models;
-use crate::search::{self, After, Choice, Chosen, Finish, Hypothesis, Listener, Task};
-use crate::tokenizer::{Special, StopStrings, TextStream, Tokenizer};
+use crate::search::{self, BeamSearch, Choice, DiverseBeamSearch, Finish, Hypothesis, Listener, Task};
+use crate::tokenizer::{Special, StopStrings, Tokenizer};
+use texts::{BeamTexts, Texts, Watch};
 
 pub use config::{GenerationConfig, OneOrMany};
 
@@ -131,6 +133,14 @@ pub struct Piece<'p> {
     pub text: &'p str,
 }
 
+/// How tokens are searched for.
+#[derive(Clone, Copy, Debug)]
+enum Search {
+    Sampling(Choice),
+    Beam(BeamSearch),
+    DiverseBeam(DiverseBeamSearch),
+}
+
 /// A generation being described; [`Generate::run`] starts it.
 pub struct Generate<'a> {
     model: &'a TextModel,
@@ -138,7 +148,7 @@ pub struct Generate<'a> {
     controls: TokenControls,
     site_controls: Option<&'a Controls>,
     lanes: Option<Lanes>,
-    choice: Choice,
+    search: Search,
     n: usize,
     max_new_tokens: usize,
     /// The same, the prompt's tokens counted in.
@@ -159,7 +169,7 @@ impl<'a> Generate<'a> {
             controls: TokenControls::new(),
             site_controls: None,
             lanes: None,
-            choice: Choice::Greedy,
+            search: Search::Sampling(Choice::Greedy),
             n: 1,
             max_new_tokens: 128,
             max_length: None,
@@ -197,18 +207,32 @@ impl<'a> Generate<'a> {
     /// Takes the most probable token each time. The default.
     #[must_use]
     pub fn greedy(mut self) -> Self {
-        self.choice = Choice::Greedy;
+        self.search = Search::Sampling(Choice::Greedy);
         self
     }
 
     /// Draws tokens from the controlled distribution; see [`Choice::Sample`] for what the seed fixes.
     #[must_use]
     pub fn sample(mut self, seed: u64) -> Self {
-        self.choice = Choice::Sample { seed, first: 0 };
+        self.search = Search::Sampling(Choice::Sample { seed, first: 0 });
         self
     }
 
-    /// Completions of each prompt; 1 unless said.
+    /// Keeps the best few hypotheses of each prompt. [`n`](Self::n) of them are given, best first.
+    #[must_use]
+    pub fn beam_search(mut self, search: BeamSearch) -> Self {
+        self.search = Search::Beam(search);
+        self
+    }
+
+    /// The same in groups, each kept away from what the groups before it say.
+    #[must_use]
+    pub fn diverse_beam_search(mut self, search: DiverseBeamSearch) -> Self {
+        self.search = Search::DiverseBeam(search);
+        self
+    }
+
+    /// Completions of each prompt; 1 unless said. A search by beams has no more than beams.
     #[must_use]
     pub fn n(mut self, n: usize) -> Self {
         self.n = n;
@@ -237,7 +261,8 @@ impl<'a> Generate<'a> {
         self
     }
 
-    /// Gives out the text as it comes, in pieces that are whole characters and no part of a stop string.
+    /// Gives out the text as it comes, in pieces that are whole characters and no part of a stop string. Not for
+    /// searches by beams, which take text back.
     #[must_use]
     pub fn on_text(mut self, on_text: impl FnMut(Piece<'_>) + 'a) -> Self {
         self.on_text = Some(Box::new(on_text));
@@ -296,22 +321,7 @@ impl<'a> Generate<'a> {
             self.max_new_tokens = max_length - longest;
         }
         let stop = StopStrings::new(&self.stop)?;
-        let texts = (0..search::completions(prompts.len(), self.n)?)
-            .map(|_| Text {
-                stream: TextStream::new(tokenizer, true),
-                stop: stop.clone(),
-                text: String::new(),
-            })
-            .collect();
-        let mut listener = Texts {
-            tokenizer,
-            texts,
-            n: self.n,
-            on_text: self.on_text,
-            on_step: self.on_step,
-            cancel: self.cancel,
-            prefilled: None,
-        };
+        let mut watch = Watch { on_step: self.on_step, cancel: self.cancel, prefilled: None };
         let task = Task {
             lm: &*self.model.lm,
             prompts: &prompts,
@@ -321,10 +331,30 @@ impl<'a> Generate<'a> {
             eos: self.eos.as_deref().unwrap_or(&self.model.eos),
             n: self.n,
         };
-        let hypotheses = search::sampling(&task, self.choice, &mut listener)?;
+        let mut by_beams = |find: &dyn Fn(&mut dyn Listener) -> Result<Vec<Hypothesis>>| {
+            if self.on_text.is_some() {
+                let supported =
+                    "sampling and greedy search; the text of a beam may be taken back until the end";
+                return Err(Error::unsupported("on_text in a search by beams", supported));
+            }
+            let mut texts = BeamTexts::new(prompts.len(), tokenizer, &stop, &self.stop, &mut watch);
+            let hypotheses = find(&mut texts)?;
+            texts.complete(hypotheses, &self.stop)
+        };
+        let completions = match &self.search {
+            Search::Beam(search) => by_beams(&|texts| search::beam_search(&task, search, texts))?,
+            Search::DiverseBeam(search) => {
+                by_beams(&|texts| search::diverse_beam_search(&task, search, texts))?
+            }
+            Search::Sampling(choice) => {
+                let count = search::completions(prompts.len(), self.n)?;
+                let mut texts = Texts::new(count, tokenizer, &stop, self.on_text, &mut watch);
+                let hypotheses = search::sampling(&task, *choice, &mut texts)?;
+                texts.complete(hypotheses, &self.stop)?
+            }
+        };
         let finished = Instant::now();
-        let prefilled = listener.prefilled.unwrap_or(finished);
-        let completions = listener.complete(hypotheses, &self.stop)?;
+        let prefilled = watch.prefilled.unwrap_or(finished);
         Ok(Generation {
             completions,
             prompt_tokens: prompts.iter().map(Vec::len).sum(),
@@ -351,7 +381,8 @@ impl TextModel {
 /// What was generated.
 #[derive(Clone, Debug)]
 pub struct Generation {
-    /// The completions: prompt by prompt, sample by sample.
+    /// The completions: prompt by prompt, sample by sample, or best first. A search by beams may find fewer than `n`
+    /// of a prompt, where the controls leave fewer.
     pub completions: Vec<Completion>,
     /// Tokens of all prompts.
     pub prompt_tokens: usize,
@@ -381,93 +412,19 @@ impl Generation {
 /// One completion.
 #[derive(Clone, Debug)]
 pub struct Completion {
+    /// Index of its prompt.
+    pub prompt: usize,
     /// The new tokens, without the one that ended them.
     pub ids: Vec<i64>,
     /// Their text, without special tokens; it ends before the stop string that ended it.
     pub text: String,
     /// log p(token | tokens before it) under the model alone, of each of `ids`.
     pub logprobs: Vec<f64>,
-    /// The sum of log-probabilities under the model and its controls, the ending token's included.
+    /// The sum of log-probabilities under the model and its controls, the ending token's included; what it is in a
+    /// search by beams, [`BeamSearch`] says.
     pub score: f64,
     /// Why it ended.
     pub finish: Finish,
     /// The stop string that ended it.
     pub stopped_by: Option<String>,
-}
-
-/// One completion's text as it grows.
-struct Text {
-    stream: TextStream,
-    stop: StopStrings,
-    text: String,
-}
-
-/// Turns tokens into text while a search runs.
-struct Texts<'a> {
-    tokenizer: &'a Tokenizer,
-    texts: Vec<Text>,
-    n: usize,
-    on_text: Option<OnText<'a>>,
-    on_step: Option<Box<dyn FnMut(u64) -> Flow + 'a>>,
-    cancel: Option<CancelToken>,
-    prefilled: Option<Instant>,
-}
-
-impl Texts<'_> {
-    fn emit(&mut self, completion: usize, piece: &str) {
-        if piece.is_empty() {
-            return;
-        }
-        self.texts[completion].text.push_str(piece);
-        if let Some(on_text) = &mut self.on_text {
-            on_text(Piece { completion, text: piece });
-        }
-    }
-
-    fn complete(mut self, hypotheses: Vec<Hypothesis>, stop: &[String]) -> Result<Vec<Completion>> {
-        let mut completions = Vec::with_capacity(hypotheses.len());
-        for (i, hypothesis) in hypotheses.into_iter().enumerate() {
-            let text = &mut self.texts[i];
-            let rest = text.stream.finish()?;
-            let mut piece = text.stop.push(&rest);
-            let hit = text.stop.hit();
-            if hit.is_none() {
-                piece.push_str(&text.stop.finish());
-            }
-            self.emit(i, &piece);
-            completions.push(Completion {
-                ids: hypothesis.ids,
-                text: std::mem::take(&mut self.texts[i].text),
-                logprobs: hypothesis.logprobs,
-                score: hypothesis.score,
-                finish: hypothesis.finish,
-                stopped_by: hit.and_then(|hit| stop.get(hit.index).cloned()),
-            });
-        }
-        Ok(completions)
-    }
-}
-
-impl Listener for Texts<'_> {
-    fn token(&mut self, chosen: Chosen<'_>) -> Result<After> {
-        self.prefilled.get_or_insert_with(Instant::now);
-        let i = chosen.so_far.prompt * self.n + chosen.so_far.sample;
-        let text = &mut self.texts[i];
-        // A model whose vocabulary was padded has ids that are no token's: they have no text, as in transformers.
-        let decoded = match self.tokenizer.id_to_token(chosen.token) {
-            Some(_) => text.stream.push(chosen.token)?,
-            None => String::new(),
-        };
-        let piece = text.stop.push(&decoded);
-        let hit = text.stop.hit().is_some();
-        self.emit(i, &piece);
-        Ok(if hit { After::Finish } else { After::Continue })
-    }
-
-    fn step(&mut self, tokens: u64) -> Flow {
-        self.prefilled.get_or_insert_with(Instant::now);
-        let cancelled = self.cancel.as_ref().is_some_and(CancelToken::is_cancelled);
-        let flow = self.on_step.as_mut().map_or(Flow::Continue, |on_step| on_step(tokens));
-        if cancelled { Flow::Stop } else { flow }
-    }
 }

@@ -282,8 +282,17 @@ impl StateImpl for KvCache {
         let index = Tensor::f_from_slice(rows)?.f_to_device(device)?;
         for layer in &mut self.layers {
             for buffer in [&mut layer.k, &mut layer.v].into_iter().flatten() {
-                let used = buffer.f_narrow(2, 0, len)?.f_index_select(0, &index)?;
-                *buffer = if used.requires_grad() { used } else { with_room(&used, len, buffer.size()[2])? };
+                let used = buffer.f_narrow(2, 0, len)?;
+                *buffer = if used.requires_grad() {
+                    used.f_index_select(0, &index)?
+                } else {
+                    // Straight to its place: beams do this at every step.
+                    let mut shape = buffer.size();
+                    shape[0] = count;
+                    let rows = Tensor::f_empty(shape, (buffer.f_kind()?, buffer.device()))?;
+                    let _ = used.f_index_select_out(&rows.f_narrow(2, 0, len)?, 0, &index)?;
+                    rows
+                };
             }
         }
         if let Some(keep) = &mut self.keep {

@@ -1,5 +1,8 @@
 //! Searches: how tokens are chosen, one a file, all over the same prefill, controls and bookkeeping.
 
+mod beam;
+mod beams;
+mod diverse_beam;
 mod sampling;
 
 use controlgen_core::progress::Flow;
@@ -10,6 +13,8 @@ use tch::{Kind, Tensor};
 
 use crate::controls::in_vocabulary;
 
+pub use beam::{BeamSearch, EarlyStopping, beam_search};
+pub use diverse_beam::{DiverseBeamSearch, diverse_beam_search};
 pub use sampling::{Choice, sampling};
 
 /// What every search is given.
@@ -58,17 +63,19 @@ impl Task<'_> {
 
 /// How many completions `n` of each prompt make: a number that memory can hold.
 pub(crate) fn completions(prompts: usize, n: usize) -> Result<usize> {
+    rows_of("n, completions of each prompt", prompts, n)
+}
+
+/// How many rows there are with `n` of each prompt.
+fn rows_of(what: &str, prompts: usize, n: usize) -> Result<usize> {
     const MOST: usize = 1 << 20;
     if n == 0 {
-        return Err(Error::value("n, completions of each prompt", "at least 1", 0));
+        return Err(Error::value(what, "at least 1", 0));
     }
-    prompts.checked_mul(n).filter(|&all| all <= MOST).ok_or_else(|| {
-        Error::value(
-            "n, completions of each prompt",
-            format!("at most {MOST} of {prompts} prompts in all"),
-            n,
-        )
-    })
+    prompts
+        .checked_mul(n)
+        .filter(|&all| all <= MOST)
+        .ok_or_else(|| Error::value(what, format!("at most {MOST} of {prompts} prompts in all"), n))
 }
 
 /// Why a completion ended.
@@ -97,7 +104,8 @@ pub struct Hypothesis {
     pub ids: Vec<i64>,
     /// log p(token | tokens before it) under the model alone, of each of `ids`.
     pub logprobs: Vec<f64>,
-    /// The sum of log-probabilities under the model and its controls, the ending token's included.
+    /// The sum of log-probabilities under the model and its controls, the ending token's included. A search by beams
+    /// has it as [`BeamSearch`] says: scores not normalised again, and divided by a power of the length.
     pub score: f64,
     /// Why it ended.
     pub finish: Finish,
@@ -110,6 +118,9 @@ pub struct Chosen<'h> {
     pub so_far: &'h Hypothesis,
     /// The token.
     pub token: i64,
+    /// The listener's row: prompt by prompt and sample by sample in sampling, what [`Listener::reorder`] made it
+    /// elsewhere.
+    pub row: usize,
 }
 
 /// What a listener decides after a token.
@@ -130,6 +141,18 @@ pub trait Listener {
     fn token(&mut self, chosen: Chosen<'_>) -> Result<After> {
         let _ = chosen;
         Ok(After::Continue)
+    }
+
+    /// Makes row `i` what row `rows[i]` was. A listener begins with one row a prompt, and forks a row for each token
+    /// that a search weighs, before it is told of it; rows that are not among the next ones are lost, and so is the
+    /// text of the tokens that they were told of. Sampling, which takes nothing back, has one row a completion
+    /// instead and never calls this.
+    ///
+    /// # Errors
+    /// The listener's own; they end the run.
+    fn reorder(&mut self, rows: &[i64]) -> Result<()> {
+        let _ = rows;
+        Ok(())
     }
 
     /// A step is done: every unfinished completion has one token more. `tokens` were chosen in it.
@@ -200,9 +223,14 @@ impl Live {
     }
 
     fn reorder(&mut self, rows: &[i64]) -> Result<()> {
-        self.state.reorder(rows)?;
+        self.reorder_read(rows)?;
         self.controls.reorder(rows)?;
-        self.logits.reorder(rows)?;
+        self.logits.reorder(rows)
+    }
+
+    /// Reorders what the next pass needs: before it, the controls may have rows of their own.
+    fn reorder_read(&mut self, rows: &[i64]) -> Result<()> {
+        self.state.reorder(rows)?;
         self.lanes.as_mut().map_or(Ok(()), |lanes| lanes.reorder(rows))
     }
 
@@ -211,9 +239,9 @@ impl Live {
         Pass { lanes: self.lanes.as_ref(), ..task.pass }
     }
 
-    /// Whether a token more is one too many for the model.
-    fn full(&self, task: &Task<'_>) -> Result<bool> {
-        Ok(self.state.len() + 1 + self.pass(task).position_offset()?.most() > task.lm.spec().context)
+    /// How many tokens more the model has positions for.
+    fn room(&self, task: &Task<'_>) -> Result<i64> {
+        Ok(task.lm.spec().context - self.state.len() - self.pass(task).position_offset()?.most())
     }
 
     /// Reads the token chosen for each row.

@@ -94,7 +94,7 @@ pub fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) ->
             } else {
                 hypothesis.ids.push(token);
                 hypothesis.logprobs.push(logprobs[i]);
-                match listener.token(Chosen { so_far: hypothesis, token })? {
+                match listener.token(Chosen { so_far: hypothesis, token, row })? {
                     After::Finish => hypothesis.finish = Finish::Stopped,
                     After::Continue => {
                         going.push(i);
@@ -105,7 +105,7 @@ pub fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) ->
             hypothesis.score += task.controls.finish(&live.controls, i)?;
         }
         let cancelled = listener.step(tokens.len() as u64) == Flow::Stop;
-        let full = live.full(task)?;
+        let full = live.room(task)? < 1;
         let reason = match (step + 1 == task.max_new_tokens, full, cancelled) {
             (true, _, _) => Some(Finish::Length),
             (_, true, _) => Some(Finish::Context),

@@ -1,0 +1,294 @@
+//! What searches by beams share: all beams of all prompts in one batch, whose rows fork and are dropped.
+
+use std::iter;
+
+use controlgen_core::progress::Flow;
+use controlgen_core::{Error, Result, Rows, TokenControl};
+use tch::Kind;
+
+use super::beam::{Beam, BeamSearch, Beams, Candidate};
+use super::diverse_beam::Taken;
+use super::{After, Chosen, Finish, Hypothesis, Listener, Live, Task, rows_of};
+use crate::controls::{dims, to_vec};
+
+/// What is searched for: `groups` groups of beams a prompt.
+pub(super) struct Plan {
+    /// The search of each group.
+    pub(super) beams: BeamSearch,
+    pub(super) groups: usize,
+    /// What a token costs for each beam of an earlier group that just chose it.
+    pub(super) diversity_penalty: f64,
+}
+
+impl Plan {
+    fn validate(&self, task: &Task<'_>) -> Result<()> {
+        task.validate()?;
+        let all = self.beams.num_beams.saturating_mul(self.groups);
+        rows_of("num_beams", task.prompts.len(), all)?;
+        if task.n > all {
+            let expected = format!("at most num_beams = {all}");
+            return Err(Error::value("n, completions of each prompt", expected, task.n));
+        }
+        Ok(())
+    }
+
+    /// How many candidates a group looks at: enough to go on with, even if each of its beams can end in every way.
+    fn candidates(&self, task: &Task<'_>) -> usize {
+        let mut ends = task.eos.to_vec();
+        ends.sort_unstable();
+        ends.dedup();
+        self.beams.num_beams.saturating_mul((1 + ends.len()).max(2))
+    }
+}
+
+pub(super) fn run(task: &Task<'_>, plan: &Plan, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
+    let _guard = tch::no_grad_guard();
+    plan.validate(task)?;
+    let mut live = Live::start(task)?;
+    let groups = plan.groups;
+    // The groups of a prompt stand together, and read its row until they have rows of their own.
+    let mut sets: Vec<Beams> =
+        (0..task.prompts.len() * groups).map(|i| i.div_euclid(groups)).map(|p| Beams::new(p, p)).collect();
+    let room = usize::try_from(live.room(task)?).unwrap_or(0);
+    let longest = task.max_new_tokens.min(room + 1);
+    let end = if longest < task.max_new_tokens { Finish::Context } else { Finish::Length };
+
+    for step in 0..longest {
+        let best = Best::of(task, plan, &mut live)?;
+        best.check(&sets, step)?;
+        let last = (step + 1 == longest).then_some(&end);
+        let Forks { going, ending } = choose(task, plan, &mut sets, &best, last, listener)?;
+        advance(task, &mut live, &going, &ending)?;
+        let chosen = going.len() + ending.len();
+        for (row, (fork, ended)) in iter::zip(going.len().., ending) {
+            let log_weight = task.controls.finish(&live.controls, row)?;
+            sets[fork.set].finish(&plan.beams, ended, log_weight);
+        }
+        for set in sets.iter_mut().filter(|set| !set.is_over()) {
+            set.settle(&plan.beams, step + 1, longest);
+        }
+        let lost = |sets: &&[Beams]| sets.iter().all(|set| set.is_over() && !set.has_finished());
+        if let Some(set) = sets.chunks(groups).find(lost).and_then(<[Beams]>::first) {
+            return Err(Error::AllBanned { row: set.prompt, step });
+        }
+        if listener.step(chosen as u64) == Flow::Stop {
+            finish_all(task, plan, &live, &mut sets, &Finish::Cancelled)?;
+        }
+        let kept: Vec<usize> =
+            sets.iter_mut().flat_map(|set| &mut set.running).enumerate().map(renumber).collect();
+        if kept.is_empty() {
+            break;
+        }
+        follow(task, &mut live, listener, &kept, &going, chosen)?;
+    }
+    finish_all(task, plan, &live, &mut sets, &end)?;
+
+    let mut all = Vec::with_capacity(task.prompts.len() * task.n);
+    let mut sets = sets.into_iter().peekable();
+    while let Some(prompt) = sets.peek().map(|set| set.prompt) {
+        let mut found: Vec<Hypothesis> = iter::from_fn(|| sets.next_if(|set| set.prompt == prompt))
+            .flat_map(Beams::into_finished)
+            .collect();
+        found.sort_by(|a, b| b.score.total_cmp(&a.score));
+        found.truncate(task.n);
+        all.extend(iter::zip(0.., found).map(|(sample, found)| Hypothesis { sample, ..found }));
+    }
+    Ok(all)
+}
+
+/// The best tokens of each row.
+struct Best {
+    rows: usize,
+    /// How many there are of each.
+    k: usize,
+    /// Of these three, k of the first row come first; best first.
+    tokens: Vec<i64>,
+    /// Under the model and its controls, not normalised again.
+    scores: Vec<f32>,
+    /// Under the model alone.
+    logprobs: Vec<f32>,
+}
+
+impl Best {
+    fn of(task: &Task<'_>, plan: &Plan, live: &mut Live) -> Result<Self> {
+        // With all tokens that a group is to avoid among the best, enough others are left.
+        let avoided = (plan.groups - 1).saturating_mul(plan.beams.num_beams);
+        let k = i64::try_from(plan.candidates(task).saturating_add(avoided)).unwrap_or(i64::MAX);
+        let own = live.logits.f_log_softmax(-1, Kind::Float)?; // (R, V)
+        let scores = if task.controls.is_empty() {
+            own.shallow_clone()
+        } else {
+            task.controls.score(&mut live.controls, own.f_detach_copy()?)?
+        };
+        let (rows, vocab) = dims(&scores)?;
+        let (scores, tokens) = scores.f_topk(k.min(vocab), -1, true, true)?; // (R, k)
+        let logprobs = own.f_gather(-1, &tokens, false)?;
+        Ok(Self {
+            rows: usize::try_from(rows).unwrap_or(0),
+            k: usize::try_from(k.min(vocab)).unwrap_or(0),
+            tokens: Vec::try_from(tokens.f_flatten(0, -1)?)?,
+            scores: to_vec(&scores)?,
+            logprobs: to_vec(&logprobs)?,
+        })
+    }
+
+    /// Refuses scores that are no numbers: they come first.
+    fn check(&self, sets: &[Beams], step: usize) -> Result<()> {
+        for set in sets {
+            for beam in &set.running {
+                let best = self.scores[beam.row * self.k];
+                if best.is_nan() || best == f32::INFINITY {
+                    let found = if best.is_nan() { "NaN" } else { "infinity" };
+                    let at = format!("prompt {}, step {step}", set.prompt);
+                    return Err(Error::NotFinite { what: "logits".into(), at, found: found.into() });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The best candidates of a group, best first.
+    fn candidates(&self, task: &Task<'_>, plan: &Plan, set: &Beams, taken: &Taken) -> Vec<Candidate> {
+        let mut all = Vec::with_capacity(set.running.len() * self.k);
+        for (beam, Beam { row, so_far }) in set.running.iter().enumerate() {
+            for at in row * self.k..(row + 1) * self.k {
+                let token = self.tokens[at];
+                let penalty = plan.diversity_penalty * taken.count(token) as f64;
+                let score = so_far.score + f64::from(self.scores[at]) - penalty;
+                if score.is_finite() {
+                    all.push(Candidate { beam, token, score, logprob: self.logprobs[at].into() });
+                }
+            }
+        }
+        all.sort_by(|a, b| b.score.total_cmp(&a.score));
+        all.truncate(plan.candidates(task));
+        all
+    }
+}
+
+/// A row that a token was added to.
+struct Fork {
+    /// Whose it is, by number.
+    set: usize,
+    /// The row of the batch that it forked from.
+    parent: usize,
+    /// The listener's row.
+    told: usize,
+    token: i64,
+}
+
+/// What a step made.
+struct Forks {
+    /// Those that go on; [`Beam::row`] counts them.
+    going: Vec<Fork>,
+    /// Those that have ended; their score is still the sum.
+    ending: Vec<(Fork, Hypothesis)>,
+}
+
+/// Chooses what goes on and what ends, group after group; all do where this step is the `last`.
+fn choose(
+    task: &Task<'_>,
+    plan: &Plan,
+    sets: &mut [Beams],
+    best: &Best,
+    last: Option<&Finish>,
+    listener: &mut dyn Listener,
+) -> Result<Forks> {
+    let num_beams = plan.beams.num_beams;
+    let mut forks = Forks { going: Vec::new(), ending: Vec::new() };
+    let mut taken: Vec<Taken> = task.prompts.iter().map(|_| Taken::default()).collect();
+    // Rows that the listener has: those of the batch, then a fork for each candidate that it is asked about.
+    let mut told = best.rows;
+    for group in 0..plan.groups {
+        let of_group = || (group..sets.len()).step_by(plan.groups).filter(|&set| !sets[set].is_over());
+        let candidates: Vec<(usize, Vec<Candidate>)> = of_group()
+            .map(|set| (set, best.candidates(task, plan, &sets[set], &taken[sets[set].prompt])))
+            .collect();
+        let asked = candidates.iter().flat_map(|(set, all)| all.iter().map(move |c| (set, c)));
+        let asked = asked.filter(|(_, candidate)| !task.eos.contains(&candidate.token));
+        let parents = asked.map(|(&set, candidate)| sets[set].running[candidate.beam].row);
+        let rows: Vec<i64> = (0..told).chain(parents).map(|row| row as i64).collect();
+        listener.reorder(&rows)?;
+
+        for (set, candidates) in candidates {
+            let mut running = Vec::with_capacity(num_beams);
+            for (rank, candidate) in candidates.iter().enumerate() {
+                let token = candidate.token;
+                let fork = Fork { set, parent: sets[set].running[candidate.beam].row, told, token };
+                let ends = task.eos.contains(&token);
+                told += usize::from(!ends);
+                if rank >= num_beams && (ends || running.len() == num_beams) {
+                    continue;
+                }
+                let mut so_far = sets[set].extended(candidate, ends.then_some(Finish::Eos(token)));
+                if !ends {
+                    let after = listener.token(Chosen { so_far: &so_far, token, row: fork.told })?;
+                    let finish = if after == After::Finish { Some(&Finish::Stopped) } else { last };
+                    if finish.map_or(running.len(), |_| rank) >= num_beams {
+                        continue;
+                    }
+                    if after == After::Continue {
+                        taken[sets[set].prompt].add(token);
+                    }
+                    let Some(finish) = finish else {
+                        running.push(Beam { row: forks.going.len(), so_far });
+                        forks.going.push(fork);
+                        continue;
+                    };
+                    so_far.finish = finish.clone();
+                }
+                forks.ending.push((fork, so_far));
+            }
+            sets[set].running = running;
+        }
+    }
+    Ok(forks)
+}
+
+/// Lets the controls' rows follow: first those that go on, then those that have ended, each with its token.
+fn advance(task: &Task<'_>, live: &mut Live, going: &[Fork], ending: &[(Fork, Hypothesis)]) -> Result<()> {
+    let forks = || going.iter().chain(ending.iter().map(|(fork, _)| fork));
+    if task.controls.is_empty() || forks().next().is_none() {
+        return Ok(());
+    }
+    let rows: Vec<i64> = forks().map(|fork| fork.parent as i64).collect();
+    if !(0..live.state.rows()).eq(rows.iter().copied()) {
+        live.controls.reorder(&rows)?;
+    }
+    task.controls.advance(&mut live.controls, &forks().map(|fork| fork.token).collect::<Vec<_>>())
+}
+
+/// Lets everything else follow the forks that are `kept`, of as many as were `chosen`, and reads their tokens.
+fn follow(
+    task: &Task<'_>,
+    live: &mut Live,
+    listener: &mut dyn Listener,
+    kept: &[usize],
+    going: &[Fork],
+    chosen: usize,
+) -> Result<()> {
+    let rows = |of: &dyn Fn(usize) -> usize| kept.iter().map(|&i| of(i) as i64).collect::<Vec<_>>();
+    if !task.controls.is_empty() && !(0..chosen).eq(kept.iter().copied()) {
+        live.controls.reorder(&rows(&|i| i))?;
+    }
+    listener.reorder(&rows(&|i| going[i].told))?;
+    live.reorder_read(&rows(&|i| going[i].parent))?;
+    live.extend(task, &kept.iter().map(|&i| going[i].token).collect::<Vec<_>>())
+}
+
+/// Gives a beam the row that it has in what is left; the row that it had.
+fn renumber((row, beam): (usize, &mut Beam)) -> usize {
+    std::mem::replace(&mut beam.row, row)
+}
+
+/// Ends all that goes on.
+fn finish_all(task: &Task<'_>, plan: &Plan, live: &Live, sets: &mut [Beams], finish: &Finish) -> Result<()> {
+    for set in sets {
+        for Beam { row, so_far } in std::mem::take(&mut set.running) {
+            let log_weight = task.controls.finish(&live.controls, row)?;
+            set.finish(&plan.beams, Hypothesis { finish: finish.clone(), ..so_far }, log_weight);
+        }
+        set.settle(&plan.beams, 0, 0);
+    }
+    Ok(())
+}
