@@ -5,8 +5,8 @@ use std::path::Path;
 
 use controlgen_core::testing::TableLm;
 use controlgen_core::{
-    Adapter, AdapterId, At, Binding, Control, Controls, Error, LanguageModel, LmInput, MergedWeights, Pass, Result,
-    SiteKind, SiteMap, Source, copy_parameters,
+    Adapter, AdapterId, At, Binding, Control, Controls, Error, LanguageModel, LmInput, MergedWeights, Pass,
+    Result, SiteKind, SiteMap, Source, copy_parameters,
 };
 use tch::{Kind, Tensor, kind::FLOAT_CPU};
 
