@@ -4,9 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use controlgen_core::checkpoint::{Safetensors, TensorSource};
-use controlgen_core::{
-    Adapter, Controls, LanguageModel, LmInput, Pass, Placement, Source, copy_parameters,
-};
+use controlgen_core::{Adapter, Controls, LanguageModel, LmInput, Pass, Placement, Source, copy_parameters};
 use controlgen_text::models;
 use tch::{Device, Kind, Tensor};
 
