@@ -3,6 +3,7 @@
 pub mod conformance;
 pub mod decode;
 pub mod models;
+pub mod paired;
 
 use std::process::ExitCode;
 
