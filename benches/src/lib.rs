@@ -4,6 +4,7 @@ pub mod conformance;
 pub mod decode;
 pub mod device_suite;
 pub mod models;
+pub mod paired;
 
 use std::process::ExitCode;
 

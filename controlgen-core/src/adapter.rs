@@ -1,6 +1,7 @@
 //! Adapters: controls with parameters of their own.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tch::{Kind, Tensor};
 
@@ -10,11 +11,27 @@ use crate::{Control, Error, Result, SiteId, SiteMap};
 /// takes them.
 pub type MergedWeights<'a> = Box<dyn FnMut(SiteId, &Tensor) -> Result<Option<Tensor>> + 'a>;
 
+/// What tells an adapter, and its handles, from any other of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AdapterId(u64);
+
+impl AdapterId {
+    /// One that no adapter has yet.
+    #[must_use]
+    pub fn unique() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
 /// A control with parameters, which can be trained, saved and loaded: LoRA, (IA)³, a prefix, a bottleneck.
 ///
 /// Parameters are f32 leaves, whatever the element type of the model, and are shared by all handles: what is trained
 /// or loaded through one acts through all.
 pub trait Adapter: Control {
+    /// The same for all its handles: how columns of lanes name it.
+    fn id(&self) -> AdapterId;
+
     /// Another handle over the same parameters; like [`Control::handle`], but still known to be an adapter.
     fn adapter_handle(&self) -> Box<dyn Adapter>;
 

@@ -77,6 +77,39 @@ impl Attn {
         }
     }
 
+    /// The mask for `n` more keys before all others, which the queries of some rows may see: `rows`, boolean `[B]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for rows that are not one a row of the batch; those of LibTorch.
+    pub fn mask_with_prefix_of(&self, n: i64, rows: &Tensor) -> Result<Mask> {
+        let (b, _, tq, _) = self.q.size4()?;
+        let (_, _, tk, _) = self.k.size4()?;
+        if rows.size() != [b] {
+            return Err(Error::shape("rows that see a prefix", format!("[{b}]"), &rows.size()));
+        }
+        let front = rows.f_to_device(self.q.device())?.f_view([b, 1, 1, 1])?;
+        let ones = |shape: &[i64]| Tensor::f_ones(shape, (Kind::Bool, self.q.device()));
+        // The keys there were: kept (boolean), or biased.
+        let (kept, bias) = match &self.mask {
+            Mask::Full => (ones(&[1, 1, 1, tk])?, false),
+            Mask::Causal if tq == 1 => (ones(&[1, 1, 1, tk])?, false),
+            Mask::Causal => (ones(&[tq, tk])?.f_tril(tk - tq)?, false),
+            Mask::Keep(t) => (t.shallow_clone(), false),
+            Mask::Bias(t) => (t.shallow_clone(), true),
+        };
+        let mut shape = vec![1; 4 - kept.dim().min(4)];
+        shape.extend(kept.size());
+        let (heads, queries) = (shape[1], shape[2]);
+        let kept = kept.f_view(&shape[..])?.f_expand([b, heads, queries, tk], false)?;
+        let front = front.f_expand([b, heads, queries, n], false)?;
+        if !bias {
+            return Ok(Mask::Keep(Tensor::f_cat(&[&front, &kept], -1)?));
+        }
+        let none = Tensor::f_zeros_like(&front)?.f_to_kind(kept.f_kind()?)?;
+        let front = none.f_masked_fill(&front.f_logical_not()?, f64::NEG_INFINITY)?;
+        Ok(Mask::Bias(Tensor::f_cat(&[&front, &kept], -1)?))
+    }
+
     /// Computes it, with LibTorch's fused kernel: `[B, heads, Tq, head_dim]`.
     ///
     /// # Errors
@@ -199,6 +232,52 @@ mod tests {
         let causal = Attn { mask: Mask::Causal, ..a.handle() };
         let diff = (a.sdpa().unwrap() - causal.sdpa().unwrap()).abs().max().double_value(&[]);
         assert!(diff < 1e-6, "{diff}");
+    }
+
+    #[test]
+    fn a_prefix_of_some_rows_is_seen_by_them_alone() {
+        for tq in [1, 3] {
+            let keep = noise(&[3, 1, 1, 5], 8.0)
+                .ge(-0.5)
+                .logical_or(&Tensor::from_slice(&[1u8, 0, 0, 0, 0]).to_kind(Kind::Bool));
+            let masks = [
+                Mask::Full,
+                Mask::Causal,
+                Mask::Keep(keep.shallow_clone()),
+                Mask::Keep(keep.logical_and(&Tensor::ones([tq, 5], (Kind::Bool, Device::Cpu)).tril(5 - tq))),
+                Mask::Bias(noise(&[3, 1, tq, 5], 5.0)),
+                Mask::Bias(noise(&[1, 4, tq, 5], 6.0)),
+                Mask::Bias(noise(&[tq, 5], 7.0)),
+            ];
+            for (i, mask) in masks.into_iter().enumerate() {
+                let (k, v) = (noise(&[3, 2, 5, 8], 2.0), noise(&[3, 2, 5, 8], 3.0));
+                let (pk, pv) = (noise(&[1, 2, 2, 8], 12.0), noise(&[1, 2, 2, 8], 13.0));
+                let plain = Attn { q: noise(&[3, 4, tq, 8], 1.0), k, v, mask, scale: None };
+                let front = |p: &Tensor, t: &Tensor| Tensor::cat(&[&p.expand([3, -1, -1, -1], false), t], 2);
+                let rows = Tensor::from_slice(&[1u8, 0, 1]).to_kind(Kind::Bool);
+                let some = Attn {
+                    k: front(&pk, &plain.k),
+                    v: front(&pv, &plain.v),
+                    mask: plain.mask_with_prefix_of(2, &rows).unwrap(),
+                    ..plain.handle()
+                };
+                let all = Attn { mask: plain.mask.with_prefix(2).unwrap(), ..some.handle() };
+                let (some, all, none) = (some.sdpa().unwrap(), explicit(&all), explicit(&plain));
+                for (row, expected) in [(0, &all), (1, &none), (2, &all)] {
+                    let diff = (some.get(row) - expected.get(row)).abs().max().double_value(&[]);
+                    assert!(diff < 1e-5, "{tq} queries, mask {i}, row {row}: {diff}");
+                }
+            }
+        }
+        let a = Attn {
+            q: noise(&[2, 1, 1, 4], 1.0),
+            k: noise(&[2, 1, 1, 4], 2.0),
+            v: noise(&[2, 1, 1, 4], 3.0),
+            mask: Mask::Full,
+            scale: None,
+        };
+        let rows = Tensor::from_slice(&[true, false, true]);
+        assert!(matches!(a.mask_with_prefix_of(1, &rows), Err(Error::Shape { .. })));
     }
 
     #[test]

@@ -274,7 +274,8 @@ impl Rows for State {
     }
 }
 
-/// Answers for a linear or embedding site's weight with another one, or leaves it.
+/// Answers for a linear or embedding site's weight `[outputs, inputs]` (`[rows, width]`) with another one, or leaves it;
+/// and after it for the site's bias `[outputs]`, if it has one. Number of dimensions tells them apart.
 pub type WeightMap<'f> = &'f mut dyn FnMut(SiteId, &Tensor) -> Result<Option<Tensor>>;
 
 /// A language model: p(token | tokens before it).
@@ -309,7 +310,7 @@ pub trait LanguageModel: Send {
     /// [`Error::ForeignSites`]; the controls'.
     fn forward(&self, input: LmInput<'_>, state: &mut State, pass: &Pass<'_>) -> Result<LmOutput>;
 
-    /// A handle in which the weights that `f` answers for are replaced and all others shared. Dropping it undoes
+    /// A handle in which the weights and biases that `f` answers for are replaced and all others shared. Dropping it undoes
     /// the change, to the bit.
     ///
     /// # Errors

@@ -38,7 +38,7 @@ mod sys;
 pub mod testing;
 mod token_control;
 
-pub use adapter::{Adapter, MergedWeights, copy_parameters};
+pub use adapter::{Adapter, AdapterId, MergedWeights, copy_parameters};
 pub use attention::{Attn, Mask};
 pub use autoencoder::{Autoencoder, AutoencoderSpec, Latents};
 pub use classifier::Classifier;

@@ -5,13 +5,14 @@ use std::path::Path;
 
 use controlgen_core::testing::{TableLm, contract};
 use controlgen_core::{
-    Adapter, At, Binding, Control, Controls, Error, LanguageModel, LmInput, MergedWeights, Pass, Result,
-    SiteKind, SiteMap, Source, copy_parameters,
+    Adapter, AdapterId, At, Binding, Control, Controls, Error, LanguageModel, LmInput, MergedWeights, Pass,
+    Result, SiteKind, SiteMap, Source, copy_parameters,
 };
 use tch::{Kind, Tensor, kind::FLOAT_CPU};
 
 /// y + B A x at `lm_head` (Hu et al. 2021), B of zeros at first.
 struct LowRank {
+    id: AdapterId,
     a: Tensor,
     b: Tensor,
 }
@@ -20,12 +21,13 @@ impl LowRank {
     fn new(inputs: i64, outputs: i64) -> Self {
         let a = (Tensor::arange(2 * inputs, FLOAT_CPU) * 1.7).sin().view([2, inputs]);
         Self {
+            id: AdapterId::unique(),
             a: a.set_requires_grad(true),
             b: Tensor::zeros([outputs, 2], FLOAT_CPU).set_requires_grad(true),
         }
     }
     fn share(&self) -> Self {
-        Self { a: self.a.shallow_clone(), b: self.b.shallow_clone() }
+        Self { id: self.id, a: self.a.shallow_clone(), b: self.b.shallow_clone() }
     }
 }
 
@@ -44,6 +46,9 @@ impl Control for LowRank {
 }
 
 impl Adapter for LowRank {
+    fn id(&self) -> AdapterId {
+        self.id
+    }
     fn adapter_handle(&self) -> Box<dyn Adapter> {
         Box::new(self.share())
     }
@@ -99,6 +104,7 @@ fn it_is_the_identity_until_trained_and_handles_share_parameters() {
     let plain = forward(&model, None);
     let other = adapter.adapter_handle();
     assert!(forward(&model, Some(&*adapter)).equal(&plain), "to the bit");
+    assert!(other.id() == adapter.id() && other.id() != parts().1.id());
     train(&*adapter);
     assert!(!forward(&model, Some(&*adapter)).allclose(&plain, 1e-2, 1e-2, false));
     assert!(forward(&model, Some(&*other)).equal(&forward(&model, Some(&*adapter))));
@@ -177,6 +183,9 @@ fn merging_is_refused_by_default() {
         }
     }
     impl Adapter for Nothing {
+        fn id(&self) -> AdapterId {
+            AdapterId::unique()
+        }
         fn adapter_handle(&self) -> Box<dyn Adapter> {
             Box::new(Self)
         }

@@ -2,71 +2,25 @@
 //!
 //! `control-cost [--model DIRECTORY] [--dtype bf16|f32] [--pairs N]`
 //!
-//! Steps run in the order none, empty, empty, none (ABBA), so that a drift of the machine's speed within the four counts
-//! for both alike; every second time in the opposite order, so that a place in the order counts for neither. The ratio of
-//! the four is the time of the two under the stack over that of the other two. Printed are the median of the ratios and a
-//! 95 % interval of it by the percentile bootstrap; and, as what such a measurement can resolve here, the same of none
+//! The two are timed side by side (`benches::paired`). Printed are the median of the ratios and a 95 % interval of it by
+//! the percentile bootstrap; and, as what such a measurement can resolve here, the same of none
 //! against none. Without `--model`: the fixture in f32 and, where set-up has put it, SmolLM2 in bf16.
 
 use std::process::ExitCode;
-use std::time::Instant;
 
 use benches::decode::Decoding;
 use benches::models;
-use controlgen_core::noise::Stream;
+use benches::paired::{estimate, ratios};
 use controlgen_core::{Controls, Error, LanguageModel, Result};
 
 /// Tokens read before the step.
 const PROMPT: i64 = 32;
-/// How often the ratios are drawn anew.
-const RESAMPLES: usize = 10_000;
-
-fn median(sorted: &[f64]) -> f64 {
-    let half = sorted.len() >> 1;
-    if sorted.len() % 2 == 1 { sorted[half] } else { f64::midpoint(sorted[half - 1], sorted[half]) }
-}
-
-fn sorted(mut values: Vec<f64>) -> Vec<f64> {
-    values.sort_by(f64::total_cmp);
-    values
-}
-
-/// The median, and its 95 % interval.
-fn estimate(ratios: &[f64]) -> (f64, f64, f64) {
-    let mut stream = Stream::new(0, 0);
-    let mut draw = || {
-        let pick = |_| ratios[((stream.uniform() * ratios.len() as f64) as usize).min(ratios.len() - 1)];
-        median(&sorted((0..ratios.len()).map(pick).collect()))
-    };
-    let medians = sorted((0..RESAMPLES).map(|_| draw()).collect());
-    let at = |share: f64| medians[((RESAMPLES - 1) as f64 * share).round() as usize];
-    (median(&sorted(ratios.to_vec())), at(0.025), at(0.975))
-}
-
-/// Ratios of `fours` times four steps: time under `controls` over time under none.
-fn ratios(decoding: &mut Decoding<'_>, controls: Option<&Controls>, fours: usize) -> Result<Vec<f64>> {
-    let mut timed = |controls| -> Result<f64> {
-        let begin = Instant::now();
-        decoding.step(controls)?;
-        Ok(begin.elapsed().as_secs_f64())
-    };
-    let mut four = |i: usize| {
-        let (outer, inner) = if i.is_multiple_of(2) { (None, controls) } else { (controls, None) };
-        let (a, b, c, d) = (timed(outer)?, timed(inner)?, timed(inner)?, timed(outer)?);
-        let ratio = (b + c) / (a + d);
-        Ok(if i.is_multiple_of(2) { ratio } else { ratio.recip() })
-    };
-    for i in 0..10 {
-        four(i)?;
-    }
-    (0..fours).map(four).collect()
-}
-
 fn report(name: &str, model: &dyn LanguageModel, pairs: usize) -> Result<()> {
     let mut decoding = Decoding::start(model, PROMPT)?;
     let empty = Controls::bind(model.sites(), Vec::new())?;
-    let (ratio, low, high) = estimate(&ratios(&mut decoding, Some(&empty), pairs)?);
-    let (same, same_low, same_high) = estimate(&ratios(&mut decoding, None, pairs)?);
+    let (ratio, low, high) =
+        estimate(&ratios(pairs, |other| decoding.step(Some(&empty).filter(|_| other)).map(drop))?);
+    let (same, same_low, same_high) = estimate(&ratios(pairs, |_| decoding.step(None).map(drop))?);
     println!(
         "{name}: empty stack over none, {pairs} times ABBA: median {ratio:.4}, 95 % interval {low:.4} – {high:.4} \
          ({} 1.01); none over none: {same:.4}, {same_low:.4} – {same_high:.4}",

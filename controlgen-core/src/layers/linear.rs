@@ -86,42 +86,72 @@ impl Linear {
     }
 
     fn forward_controlled(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        let split = self.parts.iter().any(|part| pass.acts_before(part.site));
-        let whole = if split { None } else { Some(self.product(x)?) };
+        if let [part] = &self.parts[..] {
+            let x = pass.input(part.site, x.shallow_clone())?;
+            let y = self.product(&x)?;
+            return pass.linear(part.site, &x, y);
+        }
+        if self.parts.iter().any(|part| pass.acts_before(part.site)) {
+            return self.forward_split(x, pass);
+        }
+        let whole = self.product(x)?;
+        let (mut start, mut changed) = (0, false);
+        let mut out = Vec::with_capacity(self.parts.len());
+        for part in &self.parts {
+            let y = whole.f_narrow(-1, start, part.outputs)?;
+            start += part.outputs;
+            out.push(if pass.acts_at(part.site) {
+                let view = y.shallow_clone();
+                let y = pass.linear(part.site, x, y)?;
+                changed |= !same_view(&y, &view);
+                y
+            } else {
+                y
+            });
+        }
+        if changed { Ok(Tensor::f_cat(&out, -1)?) } else { Ok(whole) }
+    }
+
+    /// Part by part, each with an input of its own.
+    fn forward_split(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let mut start = 0;
         let mut out = Vec::with_capacity(self.parts.len());
         for part in &self.parts {
-            let y = match &whole {
-                Some(y) => pass.linear(part.site, x, y.f_narrow(-1, start, part.outputs)?)?,
-                None => {
-                    let x = pass.input(part.site, x.shallow_clone())?;
-                    let weight = self.weight.f_narrow(0, start, part.outputs)?;
-                    let bias = self.bias.as_ref().map(|b| b.f_narrow(0, start, part.outputs)).transpose()?;
-                    let y = product(&x, &weight, bias.as_ref())?;
-                    pass.linear(part.site, &x, y)?
-                }
-            };
+            let x = pass.input(part.site, x.shallow_clone())?;
+            let weight = self.weight.f_narrow(0, start, part.outputs)?;
+            let bias = self.bias.as_ref().map(|b| b.f_narrow(0, start, part.outputs)).transpose()?;
             start += part.outputs;
-            out.push(y);
-        }
-        if out.len() == 1 {
-            return Ok(out.swap_remove(0));
+            let y = product(&x, &weight, bias.as_ref())?;
+            out.push(pass.linear(part.site, &x, y)?);
         }
         Ok(Tensor::f_cat(&out, -1)?)
     }
 
-    /// The layer with the weights that `f` answers for; the same storage where it answers for none.
+    /// The layer with the weights and biases that `f` answers for; the same storage where it answers for none.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a weight of another shape; `f`'s own.
+    /// [`Error::Shape`] for a weight or a bias of another shape; `f`'s own.
     pub fn map_weights(&self, f: WeightMap<'_>) -> Result<Self> {
-        let (mut start, mut changed, mut weights) = (0, false, Vec::with_capacity(self.parts.len()));
+        let mut mapped = self.handle();
+        if let Some(weight) = self.map_parts(&self.weight, f)? {
+            mapped.weight = weight;
+        }
+        if let Some(bias) = self.bias.as_ref().map(|bias| self.map_parts(bias, f)).transpose()?.flatten() {
+            mapped.bias = Some(bias);
+        }
+        Ok(mapped)
+    }
+
+    /// `all` `[Σ outputs, ..]` with the parts that `f` answers for; none if there are none.
+    fn map_parts(&self, all: &Tensor, f: WeightMap<'_>) -> Result<Option<Tensor>> {
+        let (mut start, mut changed, mut parts) = (0, false, Vec::with_capacity(self.parts.len()));
         for part in &self.parts {
-            let old = self.weight.f_narrow(0, start, part.outputs)?;
+            let old = all.f_narrow(0, start, part.outputs)?;
             start += part.outputs;
-            weights.push(match f(part.site, &old)? {
+            parts.push(match f(part.site, &old)? {
                 Some(new) if new.size() != old.size() => {
-                    return Err(Error::shape("a mapped weight", format!("{:?}", old.size()), &new.size()));
+                    let what = if old.dim() == 1 { "a mapped bias" } else { "a mapped weight" };
+                    return Err(Error::shape(what, format!("{:?}", old.size()), &new.size()));
                 }
                 Some(new) => {
                     changed = true;
@@ -130,11 +160,13 @@ impl Linear {
                 None => old,
             });
         }
-        if !changed {
-            return Ok(self.handle());
-        }
-        Ok(Self { weight: Tensor::f_cat(&weights, 0)?, ..self.handle() })
+        if changed { Ok(Some(Tensor::f_cat(&parts, 0)?)) } else { Ok(None) }
     }
+}
+
+/// Whether two tensors are the same elements of the same storage.
+fn same_view(a: &Tensor, b: &Tensor) -> bool {
+    a.data_ptr() == b.data_ptr() && a.size() == b.size() && a.stride() == b.stride()
 }
 
 #[cfg(test)]
@@ -196,6 +228,36 @@ mod tests {
         assert!(y.narrow(-1, 3, 2).allclose(&k, 1e-6, 1e-6, false));
     }
 
+    /// Gives back what it is given.
+    struct Leave;
+    impl Control for Leave {
+        fn handle(&self) -> Box<dyn Control> {
+            Box::new(Self)
+        }
+        fn bind(&self, sites: &SiteMap, to: &mut Binding<'_>) -> Result<()> {
+            sites.of_kind(SiteKind::Linear).for_each(|(s, _)| to.at(s, 0));
+            Ok(())
+        }
+        fn linear(&self, at: At<'_>, _x: &Tensor, y: Tensor) -> Result<Tensor> {
+            if let Some(taps) = at.pass.taps {
+                taps.push(at.site, y.shallow_clone());
+            }
+            Ok(y)
+        }
+    }
+
+    #[test]
+    fn parts_that_no_control_changed_are_not_copied() {
+        let (sites, layer) = fused();
+        let x = Tensor::arange(8, FLOAT_CPU).view([2, 4]);
+        let controls = Controls::bind(&sites, vec![Box::new(Leave)]).unwrap();
+        let taps = crate::Taps::new();
+        let pass = Pass { taps: Some(&taps), ..Pass::with_controls(&controls) };
+        let y = layer.forward(&x, &pass).unwrap();
+        assert!(y.equal(&layer.forward(&x, &Pass::default()).unwrap()));
+        assert_eq!(taps.take()[0].1.data_ptr(), y.data_ptr());
+    }
+
     #[test]
     fn mapping_one_part_shares_or_copies() {
         let (sites, layer) = fused();
@@ -206,6 +268,13 @@ mod tests {
         let mapped = layer.map_weights(&mut |site, w| Ok((site == k).then(|| w * 2.0))).unwrap();
         assert!(mapped.weight().narrow(0, 0, 3).equal(&weight.narrow(0, 0, 3)));
         assert!(mapped.weight().narrow(0, 3, 2).equal(&(weight.narrow(0, 3, 2) * 2.0)));
+        // Its bias is mapped with it.
+        let biases = layer.bias.as_ref().unwrap();
+        let bias = mapped.bias.as_ref().unwrap();
+        assert!(bias.narrow(0, 0, 3).equal(&biases.narrow(0, 0, 3)));
+        assert!(bias.narrow(0, 3, 2).equal(&(biases.narrow(0, 3, 2) * 2.0)));
+        let weight_only = layer.map_weights(&mut |_, w| Ok((w.dim() == 2).then(|| w * 2.0))).unwrap();
+        assert_eq!(weight_only.bias.as_ref().unwrap().data_ptr(), biases.data_ptr());
         let bad = layer.map_weights(&mut |_, w| Ok(Some(w.narrow(0, 0, 1))));
         assert!(matches!(bad, Err(Error::Shape { .. })));
     }
