@@ -19,7 +19,7 @@ pub struct Outputs<'a> {
 }
 
 impl<'a> Outputs<'a> {
-    /// Predictions at `x` `[B, ..]`, to call a stage with: in tests, or in a loop of one's own. For a stage that needs
+    /// Predictions at `x` `[B, ..]`, the base first, to call a stage with: in tests, or in a loop of one's own. For a stage that needs
     /// gradients, x is a leaf that requires them and the predictions were made of it.
     pub fn new(x: Tensor, predictions: Vec<(Branch, Prediction)>) -> Self {
         Self { x, predictions, late: None }

@@ -1,11 +1,13 @@
 //! Adapters that break their contract, each in one place.
 
 use std::path::Path;
+use std::sync::LazyLock;
 
 use controlgen_core::testing::contract::{self, Options};
 use controlgen_core::testing::{TableLm, TableLmConfig};
 use controlgen_core::{
-    Adapter, At, Binding, Control, Error, MergedWeights, Result, SiteKind, SiteMap, copy_parameters,
+    Adapter, AdapterId, At, Binding, Control, Error, MergedWeights, Result, SiteKind, SiteMap,
+    copy_parameters,
 };
 use tch::{Kind, Tensor, kind::FLOAT_CPU};
 
@@ -21,6 +23,8 @@ enum Fault {
     Forgets,
     Detaches,
     HandleOfAnother,
+    HandleWithAnId,
+    OneIdForAll,
     BindsNowhere,
     SavesHalf,
     LoadsIntoNewStorage,
@@ -33,6 +37,7 @@ enum Fault {
 
 /// y + B A x at `lm_head`, saved in two files.
 struct LowRank {
+    id: AdapterId,
     fault: Fault,
     a: Tensor,
     b: Tensor,
@@ -45,7 +50,10 @@ impl LowRank {
         let a = (Tensor::arange(60, FLOAT_CPU) * 1.7).sin().view([2, 30]).to_kind(kind);
         let b = Tensor::zeros([5, 2], FLOAT_CPU).to_kind(kind);
         let b = if fault == Fault::StartsTrained { b + 0.01 } else { b };
-        Ok(Box::new(Self { fault, a: a.set_requires_grad(true), b: b.set_requires_grad(true), scale: 1.0 }))
+        static ONE: LazyLock<AdapterId> = LazyLock::new(AdapterId::unique);
+        let id = if fault == Fault::OneIdForAll { *ONE } else { AdapterId::unique() };
+        let (a, b) = (a.set_requires_grad(true), b.set_requires_grad(true));
+        Ok(Box::new(Self { id, fault, a, b, scale: 1.0 }))
     }
 
     fn share(&self) -> Self {
@@ -78,6 +86,9 @@ impl Control for LowRank {
 }
 
 impl Adapter for LowRank {
+    fn id(&self) -> AdapterId {
+        self.id
+    }
     fn adapter_handle(&self) -> Box<dyn Adapter> {
         let mut handle = self.share();
         match self.fault {
@@ -86,6 +97,7 @@ impl Adapter for LowRank {
                 handle.b = self.b.detach().copy().set_requires_grad(true);
             }
             Fault::HandleOfAnother => handle.scale = 2.0,
+            Fault::HandleWithAnId => handle.id = AdapterId::unique(),
             _ => {}
         }
         Box::new(handle)
@@ -170,6 +182,8 @@ fn every_broken_adapter_is_caught() {
         ("effect", Forgets),
         ("gradients", Detaches),
         ("handle", HandleOfAnother),
+        ("handle", HandleWithAnId),
+        ("handle", OneIdForAll),
         ("bind", BindsNowhere),
         ("save and load", SavesHalf),
         ("save and load", LoadsIntoNewStorage),

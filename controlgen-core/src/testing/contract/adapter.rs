@@ -183,6 +183,9 @@ fn gradients(c: &Case<'_>) -> Check {
 fn handle(c: &Case<'_>) -> Check {
     let adapter = c.trained()?;
     let (expected, handle) = (c.run(&*adapter)?, adapter.adapter_handle());
+    let (id, other) = (adapter.id(), (c.make)()?.id());
+    demand(handle.id() == id, format!("the adapter's {id:?} of its handle"), format!("{:?}", handle.id()))?;
+    demand(other != id, format!("of another adapter another id than {id:?}"), "the same")?;
     equal("logits under a handle", &c.run(&*handle)?, &expected)?;
     let (lm, ids) = (c.lm.handle(), c.ids.shallow_clone());
     let found = on_thread(move || logits(&*lm, &ids, Some(handle.handle())))?;

@@ -105,12 +105,12 @@ fn take(
         let _no_gradients = (needs.grad != Grad::ThroughDenoiser).then(tch::no_grad_guard);
         predict(x, branch, step, form)
     };
-    let made =
-        needs.branches.iter().map(|&branch| Ok((branch, run(&leaf, branch)?))).collect::<Result<Vec<_>>>()?;
-    let first = match made.iter().find(|(of, _)| *of == base) {
-        Some((_, prediction)) => prediction.handle(),
-        None => run(&leaf, base)?,
-    };
+    // The base is always there, but a stage that wants it by its name must declare it.
+    let first = run(&leaf, base)?;
+    let mut made = vec![(Branch { graph: u8::MAX, variant: u8::MAX, ..base }, first.handle())];
+    for &branch in &needs.branches {
+        made.push((branch, if branch == base { first.handle() } else { run(&leaf, branch)? }));
+    }
     let asked = RefCell::new(Vec::new());
     let late = |x: &Tensor, branch: Branch| {
         asked.borrow_mut().push(branch);
