@@ -26,4 +26,8 @@ mod guide {
     mod text {}
     #[doc = include_str!("../../docs/guide/inside.md")]
     mod inside {}
+    #[doc = include_str!("../../docs/guide/adapters.md")]
+    mod adapters {}
+    #[doc = include_str!("../../docs/guide/images.md")]
+    mod images {}
 }
