@@ -26,8 +26,8 @@ use edit::Edited;
 /// A' v = SDPA(q_s, k_s, P v) + SDPA(q, k, Q v)
 /// ```
 ///
-/// by the fused kernel, and no map is ever stored. Most edits leave P or Q zero and cost one attention, as without them;
-/// refining and blending cost two.
+/// by the fused kernel, and no map is ever stored. Most edits leave P or Q zero and cost one attention, as without
+/// them; refining and blending cost two.
 ///
 /// Rows go by lanes: those of condition `edit` are changed, each by the row of condition `source` with its sample and
 /// variant; no other row is. With classifier-free guidance the rows are \[unconditional source, unconditional edit,
