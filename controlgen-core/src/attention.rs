@@ -238,7 +238,7 @@ mod tests {
     #[test]
     fn rows_take_their_masks_along() {
         let of = |mask| Attn {
-            q: noise(&[3, 2, 4, 8], 1.0),
+            q: noise(&[3, 2, 3, 8], 1.0), // as many queries as rows
             k: noise(&[3, 2, 5, 8], 2.0),
             v: noise(&[3, 2, 5, 8], 3.0),
             mask,
@@ -249,8 +249,8 @@ mod tests {
             Mask::Full,
             Mask::Causal,
             Mask::Keep(keep()),
-            Mask::Bias(noise(&[3, 1, 4, 5], 5.0)),
-            Mask::Bias(noise(&[4, 5], 6.0)),
+            Mask::Bias(noise(&[3, 1, 3, 5], 5.0)),
+            Mask::Bias(noise(&[3, 5], 6.0)),
             Mask::Keep(keep().narrow(0, 0, 1)),
         ];
         for (i, mask) in masks.into_iter().enumerate() {
