@@ -50,6 +50,25 @@ impl Mask {
     }
 }
 
+impl Mask {
+    /// The mask of rows by index, of a batch of `batch`: one that all rows share stays as it is.
+    ///
+    /// # Errors
+    /// Those of LibTorch, for an index that is no row.
+    pub fn select(&self, batch: i64, rows: &Tensor) -> Result<Self> {
+        let of_rows = |t: &Tensor| -> Result<Tensor> {
+            let own = t.dim() == 4 && t.size()[0] == batch && batch > 1;
+            Ok(if own { t.f_index_select(0, rows)? } else { t.shallow_clone() })
+        };
+        Ok(match self {
+            Self::Full => Self::Full,
+            Self::Causal => Self::Causal,
+            Self::Keep(t) => Self::Keep(of_rows(t)?),
+            Self::Bias(t) => Self::Bias(of_rows(t)?),
+        })
+    }
+}
+
 /// An attention about to be computed: softmax(q kᵀ · scale + mask) v.
 pub struct Attn {
     /// Queries, `[B, heads, Tq, head_dim]`.
@@ -108,6 +127,21 @@ impl Attn {
         let none = Tensor::f_zeros_like(&front)?.f_to_kind(kept.f_kind()?)?;
         let front = none.f_masked_fill(&front.f_logical_not()?, f64::NEG_INFINITY)?;
         Ok(Mask::Bias(Tensor::f_cat(&[&front, &kept], -1)?))
+    }
+
+    /// The attention of rows by index: of some rows of the batch, or of all in another order.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for an index that is no row.
+    pub fn select(&self, rows: &[i64]) -> Result<Self> {
+        let batch = self.q.size().first().copied().unwrap_or(0);
+        if let Some(row) = rows.iter().find(|&&row| row < 0 || row >= batch) {
+            return Err(Error::value("row", format!("0 .. {batch}"), row));
+        }
+        let rows = Tensor::f_from_slice(rows)?.f_to_device(self.q.device())?;
+        let of_rows = |t: &Tensor| t.f_index_select(0, &rows);
+        let (q, k, v) = (of_rows(&self.q)?, of_rows(&self.k)?, of_rows(&self.v)?);
+        Ok(Self { q, k, v, mask: self.mask.select(batch, &rows)?, scale: self.scale })
     }
 
     /// Computes it, with LibTorch's fused kernel: `[B, heads, Tq, head_dim]`.
@@ -278,6 +312,37 @@ mod tests {
         };
         let rows = Tensor::from_slice(&[true, false, true]);
         assert!(matches!(a.mask_with_prefix_of(1, &rows), Err(Error::Shape { .. })));
+    }
+
+    #[test]
+    fn rows_take_their_masks_along() {
+        let of = |mask| Attn {
+            q: noise(&[3, 2, 3, 8], 1.0), // as many queries as rows
+            k: noise(&[3, 2, 5, 8], 2.0),
+            v: noise(&[3, 2, 5, 8], 3.0),
+            mask,
+            scale: Some(0.5),
+        };
+        let keep = || noise(&[3, 1, 1, 5], 9.0).ge(-0.3);
+        let masks = [
+            Mask::Full,
+            Mask::Causal,
+            Mask::Keep(keep()),
+            Mask::Bias(noise(&[3, 1, 3, 5], 5.0)),
+            Mask::Bias(noise(&[3, 5], 6.0)),
+            Mask::Keep(keep().narrow(0, 0, 1)),
+        ];
+        for (i, mask) in masks.into_iter().enumerate() {
+            let a = of(mask);
+            let found = a.select(&[2, 0, 2, 1]).unwrap().sdpa().unwrap();
+            let all = a.sdpa().unwrap();
+            let expected = all.index_select(0, &Tensor::from_slice(&[2i64, 0, 2, 1]));
+            let diff = (found - expected).abs().max().double_value(&[]);
+            assert!(diff < 1e-6, "mask {i}: {diff}");
+        }
+        for bad in [3, -1] {
+            assert!(matches!(of(Mask::Full).select(&[bad]), Err(Error::Value { .. })));
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tch::Tensor;
 
 use crate::pass::Pass;
-use crate::{Attn, Error, Lanes, Result, SiteId, SiteMap};
+use crate::{Attn, Error, Lanes, Result, Rows, SiteId, SiteMap};
 
 /// Where a hook is called: the site, the slot that the control gave it when it was bound, and the pass.
 #[derive(Clone, Copy)]
@@ -238,6 +238,17 @@ impl Next<'_> {
         let Some((hook, rest)) = self.rest.split_last() else { return attn.sdpa() };
         let at = At { site: self.site, slot: hook.slot, pass: self.pass };
         self.controls.controls[hook.control].attention(at, attn, Next { rest, ..*self })
+    }
+
+    /// The same for `attn` of these rows of the batch alone ([`Attn::select`]): the remaining controls see their lanes.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for an index that is no row; the remaining controls'.
+    pub fn run_rows(&self, rows: &[i64], attn: Attn) -> Result<Tensor> {
+        let mut lanes = self.pass.lanes.cloned();
+        lanes.iter_mut().try_for_each(|lanes| lanes.reorder(rows))?;
+        let pass = Pass { lanes: lanes.as_ref(), ..*self.pass };
+        Next { pass: &pass, site: self.site, controls: self.controls, rest: self.rest }.run(attn)
     }
 }
 

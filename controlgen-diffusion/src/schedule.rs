@@ -68,7 +68,8 @@ impl DiffusionSchedule {
         Self::from_betas(linspace(start, end, Self::length(n)?))
     }
 
-    /// √β from √`start` to √`end` in n equal steps: diffusers' `scaled_linear` (Rombach et al. 2022: 0.00085, 0.012, 1000).
+    /// √β from √`start` to √`end` in n equal steps: diffusers' `scaled_linear` (Rombach et al. 2022: 0.00085, 0.012,
+    /// 1000).
     ///
     /// # Errors
     /// [`Error::Value`] unless n is in 1 ..= 1,000,000 and β within 0 .. 1.

@@ -158,8 +158,8 @@ fn stages_compose_to_the_product_of_their_posteriors() {
 
 #[test]
 fn a_linear_energy_of_the_clean_sample_tilts_a_gaussian() {
-    // p(x₀) exp(a · x₀) of N(μ, s²) is N(μ + s² a, s²); ln E[exp(a · x₀) | x_t] = a · x̂₀ + a constant, so that the gradient
-    // through the denoiser is exact at every level.
+    // p(x₀) exp(a · x₀) of N(μ, s²) is N(μ + s² a, s²); ln E[exp(a · x₀) | x_t] = a · x̂₀ + a constant, so that the
+    // gradient through the denoiser is exact at every level.
     let gaussian = |mean: [f64; 2]| {
         let only = Component { mean: mean.into(), deviation: 0.8, weight: 1.0, class: 0 };
         Mixture::new([2, 1, 1], vec![only]).unwrap()

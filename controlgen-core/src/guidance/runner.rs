@@ -203,8 +203,8 @@ impl Guider {
     ///
     /// # Errors
     /// Those of [`Self::start`] and [`Denoiser::predict`]; [`Error::Value`] where a condition is neither one for all
-    /// nor one a row or role; [`Error::ForeignState`] for a run of another guider; the stages' own. [`Error::NotFinite`]
-    /// of a stage names stage, rows and step.
+    /// nor one a row or role; [`Error::ForeignState`] for a run of another guider; the stages' own.
+    /// [`Error::NotFinite`] of a stage names stage, rows and step.
     pub fn predict(&self, x: &Tensor, step: &Step, run: &mut GuiderRun) -> Result<Guided> {
         if run.memories.len() != self.stages.len() || run.selected.len() != self.graphs.len() {
             return Err(Error::ForeignState { expected: "a run that this guider started" });

@@ -3,7 +3,7 @@
 use controlgen_core::energy::Noised;
 use controlgen_core::guidance::{Branch, Guided, Guider, Memory, Needs, Outputs, Step};
 use controlgen_core::testing::Mixture;
-use controlgen_core::{Controls, Denoiser, Energy, Error, Guidance, Parameterisation, Result};
+use controlgen_core::{Controls, Denoiser, Energy, Error, Guidance, Parameterisation, Prediction, Result};
 use tch::Kind;
 
 use crate::stages::{ClassifierFree, Downhill, Forget, Perturbed};
@@ -135,5 +135,9 @@ fn undeclared_and_impossible_branches_are_refused() {
         assert_eq!(model.counts().0, 0);
     }
     let alone = Outputs::new(x(1), vec![]);
+    assert!(matches!(alone.base(), Err(Error::Unsupported { .. })));
+    let of = |scale: f64| Prediction::new(x(1) * scale, Parameterisation::Epsilon);
+    let both = Outputs::new(x(1), vec![(Branch::of(1), of(2.0)), (Branch::of(0), of(3.0))]);
+    assert_close(&both.base().unwrap().value, &(x(1) * 2.0), 0.0);
     assert!(matches!(alone.extra(Branch::of(0)), Err(Error::Unsupported { .. })));
 }

@@ -21,8 +21,8 @@ pub trait Sampler: Send {
     /// Another handle.
     fn handle(&self) -> Box<dyn Sampler>;
 
-    /// x `[B, C, H, W]` at the last level, from x at the first. Noise is drawn for whole batches: with a stream a sample
-    /// (a `Vec` of streams) no sample depends on its batch. Nothing is recorded for the caller's gradients.
+    /// x `[B, C, H, W]` at the last level, from x at the first. Noise is drawn for whole batches: with a stream a
+    /// sample (a `Vec` of streams) no sample depends on its batch. Nothing is recorded for the caller's gradients.
     ///
     /// # Errors
     /// [`Error::Value`] for no steps, or steps that do not begin where the one before ended; `predict`'s; those of

@@ -4,8 +4,8 @@ use controlgen_core::{Error, Result};
 
 use super::columns::Columns;
 
-/// An edit of an attention map: what becomes of the edited prompt's map A, given that of the source prompt, A_s, and the
-/// result of the edits before. Hertz et al., "Prompt-to-Prompt Image Editing with Cross Attention Control" (2022),
+/// An edit of an attention map: what becomes of the edited prompt's map A, given that of the source prompt, A_s, and
+/// the result of the edits before. Hertz et al., "Prompt-to-Prompt Image Editing with Cross Attention Control" (2022),
 /// section 3.
 ///
 /// All are linear in maps, and so in values; nothing is normalised anew, as in the paper.
@@ -39,9 +39,9 @@ impl Edit {
         Self(Kind::Swap)
     }
 
-    /// A' = A_s M, *word swap*: M `[N, N]` row-major takes the attention of source token i (row) to token j (column) of the
-    /// edited prompt. A word of n tokens replaced by one of m gives each of these 1/m of each of those. N is the length
-    /// of the padded prompts; what stays has ones on the diagonal.
+    /// A' = A_s M, *word swap*: M `[N, N]` row-major takes the attention of source token i (row) to token j (column)
+    /// of the edited prompt. A word of n tokens replaced by one of m gives each of these 1/m of each of those. N is
+    /// the length of the padded prompts; what stays has ones on the diagonal.
     ///
     /// # Errors
     /// [`Error::Shape`] where M is not square; [`Error::Value`] for no tokens or more than 4096; [`Error::NotFinite`].
@@ -54,8 +54,8 @@ impl Edit {
         Ok(Self(Kind::Replace(numbers("mapper of tokens", mapper)?, vec![1.0; n])))
     }
 
-    /// A'_j = A_s, column `source[j]`, for the tokens j that the source prompt has too; new ones (`None`) keep their own:
-    /// *adding a phrase*.
+    /// A'_j = A_s, column `source[j]`, for the tokens j that the source prompt has too; new ones (`None`) keep their
+    /// own: *adding a phrase*.
     ///
     /// # Errors
     /// [`Error::Value`] for no tokens or more than 4096, or a source token that is none of N.
@@ -68,8 +68,8 @@ impl Edit {
         Ok(Self(Kind::Refine(source.to_vec(), alpha)))
     }
 
-    /// A'_j = w_j A_j, *attention re-weighting*: of the result of the edits before. w is 1 for tokens to leave alone, larger
-    /// for more of a word, negative for its opposite.
+    /// A'_j = w_j A_j, *attention re-weighting*: of the result of the edits before. w is 1 for tokens to leave alone,
+    /// larger for more of a word, negative for its opposite.
     ///
     /// # Errors
     /// [`Error::Value`] for no tokens or more than 4096; [`Error::NotFinite`].

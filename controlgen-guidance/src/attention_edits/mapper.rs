@@ -7,9 +7,9 @@ use controlgen_core::{Error, Result};
 use super::Edit;
 
 impl Edit {
-    /// [`Self::replace`] of words: each pair has the tokens of a word in the source prompt and of the word in its place.
-    /// Words of as many tokens go token by token; else each of m new tokens gets 1/m of the attention of each old one.
-    /// Tokens between the words go one to one, in order; N is `length`, that of the padded prompts.
+    /// [`Self::replace`] of words: each pair has the tokens of a word in the source prompt and of the word in its
+    /// place. Words of as many tokens go token by token; else each of m new tokens gets 1/m of the attention of each
+    /// old one. Tokens between the words go one to one, in order; N is `length`, that of the padded prompts.
     ///
     /// Tokens after the last word keep their counterparts too where a word's length has changed; the paper's code then
     /// takes those of the same position, as is done here for padding that the source has no more of.
@@ -50,9 +50,9 @@ impl Edit {
         Self::replace(&mapper)
     }
 
-    /// [`Self::refine`] of the tokens that both prompts have, in order: a longest common subsequence of their ids, which
-    /// is the alignment of Needleman & Wunsch (1970) with match 1, mismatch −1 and gap 0, as in the paper's code. N is
-    /// `length`, that of the padded prompts; padding goes with padding.
+    /// [`Self::refine`] of the tokens that both prompts have, in order: a longest common subsequence of their ids,
+    /// which is the alignment of Needleman & Wunsch (1970) with match 1, mismatch −1 and gap 0, as in the paper's
+    /// code. N is `length`, that of the padded prompts; padding goes with padding.
     ///
     /// # Errors
     /// [`Error::Value`] for no tokens, or more than `length`.

@@ -9,7 +9,7 @@ pub use edit::Edit;
 use std::ops::Range;
 
 use controlgen_core::{
-    At, Attn, Binding, Control, Error, Lanes, Mask, Next, Result, SharedTensor, SiteKind, SiteMap,
+    At, Attn, Binding, Control, Error, Lanes, Next, Result, SharedTensor, SiteKind, SiteMap,
 };
 use tch::Tensor;
 
@@ -26,8 +26,8 @@ use edit::Edited;
 /// A' v = SDPA(q_s, k_s, P v) + SDPA(q, k, Q v)
 /// ```
 ///
-/// by the fused kernel, and no map is ever stored. Most edits leave P or Q zero and cost one attention, as without them;
-/// refining and blending cost two.
+/// by the fused kernel, and no map is ever stored. Most edits leave P or Q zero and cost one attention, as without
+/// them; refining and blending cost the edited rows a second one.
 ///
 /// Rows go by lanes: those of condition `edit` are changed, each by the row of condition `source` with its sample and
 /// variant; no other row is. With classifier-free guidance the rows are \[unconditional source, unconditional edit,
@@ -184,44 +184,40 @@ impl Control for PromptToPrompt {
         if let (Operator::Zero, Operator::Identity) = (&stretch.source, &stretch.own) {
             return next.run(attn);
         }
-        let device = attn.v.device();
-        let rows = Tensor::f_from_slice(&rows)?.f_to_device(device)?;
-        let sources = Tensor::f_from_slice(&sources)?.f_to_device(device)?;
-        let follow =
-            |t: &Tensor| -> Result<Tensor> { Ok(t.f_index_copy(0, &rows, &t.f_index_select(0, &sources)?)?) };
-        let values = |operator: &Operator| -> Result<Tensor> {
-            let Operator::Identity = operator else {
-                let v = operator.apply(&attn.v.f_index_select(0, &rows)?)?;
-                return Ok(attn.v.f_index_copy(0, &rows, &v)?);
-            };
-            Ok(attn.v.shallow_clone())
+        let index = tensor(&rows, &attn)?;
+        let edited = |operator: &Operator| operator.apply(&attn.v.f_index_select(0, &index)?);
+        let values = |operator: &Operator| match operator {
+            Operator::Identity => Ok(attn.v.shallow_clone()),
+            operator => Ok::<_, Error>(attn.v.f_index_copy(0, &index, &edited(operator)?)?),
         };
-        let own = |next: Next<'_>| next.run(Attn { v: values(&stretch.own)?, ..attn.handle() });
         if let Operator::Zero = stretch.source {
-            return own(next);
+            let v = values(&stretch.own)?;
+            return next.run(Attn { v, ..attn });
         }
-        let followed = next.run(Attn {
-            q: follow(&attn.q)?,
-            k: follow(&attn.k)?,
+        // Each row's own number, that of its source for edited ones.
+        let mut followed: Vec<i64> = (0..batch).collect();
+        for (&row, &source) in rows.iter().zip(&sources) {
+            followed[usize::try_from(row).unwrap_or(0)] = source;
+        }
+        let followed = tensor(&followed, &attn)?;
+        let out = next.run(Attn {
+            q: attn.q.f_index_select(0, &followed)?,
+            k: attn.k.f_index_select(0, &followed)?,
             v: values(&stretch.source)?,
-            mask: follow_mask(&attn.mask, batch, follow)?,
+            mask: attn.mask.select(batch, &followed)?,
             scale: attn.scale,
         })?;
         if let Operator::Zero = stretch.own {
-            return Ok(followed);
+            return Ok(out);
         }
-        Ok(followed.f_index_add(0, &rows, &own(next)?.f_index_select(0, &rows)?)?)
+        let own = Attn { v: edited(&stretch.own)?, ..attn.select(&rows)? };
+        Ok(out.f_index_add(0, &index, &next.run_rows(&rows, own)?)?)
     }
 }
 
-/// A mask that has rows of its own goes with the queries and keys.
-fn follow_mask(mask: &Mask, batch: i64, follow: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Mask> {
-    let by_row = |t: &Tensor| batch > 1 && t.dim() == 4 && t.size()[0] == batch;
-    Ok(match mask {
-        Mask::Keep(t) if by_row(t) => Mask::Keep(follow(t)?),
-        Mask::Bias(t) if by_row(t) => Mask::Bias(follow(t)?),
-        shared => shared.handle(),
-    })
+/// Numbers of rows, where the attention is computed.
+fn tensor(rows: &[i64], attn: &Attn) -> Result<Tensor> {
+    Ok(Tensor::f_from_slice(rows)?.f_to_device(attn.v.device())?)
 }
 
 impl Operator {

@@ -3,8 +3,9 @@
 use controlgen_core::{Classifier, Energy, EnergyFn, Error, Result};
 use tch::{Kind, Tensor};
 
-/// E(x) = −ln p(y | x) of a classifier: over [`Noised`](controlgen_core::energy::Noised) samples for classifier guidance, over
-/// clean [`Image`](controlgen_core::energy::Image)s for universal guidance. `classes` is y, one for all rows or one a row.
+/// E(x) = −ln p(y | x) of a classifier: over [`Noised`](controlgen_core::energy::Noised) samples for classifier
+/// guidance, over clean [`Image`](controlgen_core::energy::Image)s for universal guidance. `classes` is y, one for all
+/// rows or one a row.
 ///
 /// # Errors
 /// [`Error::Value`] for no classes, or one that the classifier does not have. The energy's own: [`Error::Shape`] for

@@ -10,13 +10,14 @@ use crate::check;
 /// such as [`class_energy`](crate::class_energy).
 /// Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis" (2021), algorithms 1 and 2.
 ///
-/// With the exact classifier and s = 1 samples are of the posterior p(x | y) of the model that is guided. Several stages
-/// are the product of their classifiers. The gradient is taken at x_t, as in the paper's code (its algorithm 1
-/// says μ), of the sum over the batch; the denoiser has no part in it.
+/// With the exact classifier and s = 1 samples are of the posterior p(x | y) of the model that is guided. Several
+/// stages are the product of their classifiers, at every level; that is the posterior of all labels where these are
+/// independent given x_t. The gradient is taken at x_t, as in the paper's code (its algorithm 1 says μ), of the sum over
+/// the batch; the denoiser has no part in it.
 ///
 /// Samplers apply it each in its own way: ε − σ s ∇ ln p for DDIM and the solvers, μ + Σ s ∇ ln p for DDPM
-/// ([`Guided::shift`]). Where there is only noise (α = 0, where rectified flow starts) x₀ cannot be shifted; let the stage
-/// rest there ([`GuidanceInterval`](crate::GuidanceInterval)).
+/// ([`Guided::shift`]). Where there is only noise (α = 0, where rectified flow starts) x₀ cannot be shifted; let the
+/// stage rest there ([`GuidanceInterval`](crate::GuidanceInterval)).
 ///
 /// *Cost*: the classifier forwards and backwards; no prediction of its own.
 #[derive(Clone)]

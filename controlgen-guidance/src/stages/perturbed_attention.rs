@@ -74,7 +74,7 @@ impl Guidance for PerturbedAttentionGuidance {
 /// Self-attention in which every position sees itself alone: the map is the identity, and what comes out is v. On the
 /// rows of one variant, or on all (Ahn et al. 2024).
 ///
-/// *Cost*: the rows of the variant pay for an attention that is thrown away.
+/// *Cost*: the rows of the variant compute no attention; the others are gathered and put back.
 #[derive(Clone, Debug, PartialEq)]
 pub struct IdentityAttention {
     selector: String,
@@ -141,7 +141,8 @@ impl Control for IdentityAttention {
         if i64::try_from(rows.len()) == Ok(batch) {
             return Ok(v);
         }
-        let rows = Tensor::f_from_slice(&rows)?.f_to_device(v.device())?;
-        Ok(next.run(attn)?.f_index_copy(0, &rows, &v.f_index_select(0, &rows)?)?)
+        let others: Vec<i64> = (0..batch).filter(|row| !rows.contains(row)).collect();
+        let attended = next.run_rows(&others, attn.select(&others)?)?;
+        Ok(v.f_index_copy(0, &Tensor::f_from_slice(&others)?.f_to_device(v.device())?, &attended)?)
     }
 }

@@ -6,13 +6,13 @@ use controlgen_core::{Energy, EnergyFn, Guidance, Result};
 
 use crate::check;
 
-/// Adds −s ∇ E(x̂₀(x_t)) to the score, for an energy of clean images: no network has to be trained on noise. The gradient
-/// goes through the denoiser and all stages before this one. Bansal et al., "Universal Guidance for Diffusion Models"
-/// (2023), section 3.1; clean CLIP guidance, diffusion posterior sampling (Chung et al. 2023) and FreeDoM (Yu et al. 2023) are of
-/// this form.
+/// Adds −s ∇ E(x̂₀(x_t)) to the score, for an energy of clean images: no network has to be trained on noise. The
+/// gradient goes through the denoiser and all stages before this one. Bansal et al., "Universal Guidance for Diffusion
+/// Models" (2023), the forward part; clean CLIP guidance, diffusion posterior sampling (Chung et al. 2023) and FreeDoM (Yu
+/// et al. 2023) are of this form.
 ///
-/// x̂₀ is the mean of what x₀ may be, hence this is −s ∇ E(E\[x₀ | x_t\]), not the score −∇ E\[exp(−s E(x₀)) | x_t\]: exact for
-/// a linear energy of Gaussian data, and near it where there is little noise.
+/// x̂₀ is the mean of what x₀ may be. Hence this is −s ∇ E(E\[x₀ | x_t\]), while samples of p(x) exp(−s E(x)) want
+/// ∇ ln E\[exp(−s E(x₀)) | x_t\]: equal for a linear energy of Gaussian data, and nearly so where there is little noise.
 ///
 /// Where there is only noise (α = 0) x̂₀ must come from a model that predicts it, v, or a velocity.
 ///

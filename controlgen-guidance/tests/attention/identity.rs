@@ -4,7 +4,9 @@ use controlgen_core::guidance::{Guider, Step};
 use controlgen_core::{
     Condition, Control, Controls, Denoiser, Error, Lane, Lanes, NoiseLevel, Pass, Result, SiteId,
 };
-use controlgen_guidance::{ClassifierFreeGuidance, IdentityAttention, PerturbedAttentionGuidance};
+use controlgen_guidance::{
+    ClassifierFreeGuidance, Edit, IdentityAttention, PerturbedAttentionGuidance, PromptToPrompt,
+};
 use tch::Tensor;
 
 use crate::edits::relative;
@@ -96,4 +98,29 @@ fn cross_attention_has_no_identity() {
     assert!(error.to_string().contains("`blocks.0.attn2`"), "{error}");
     assert!(matches!(error, Error::Unsupported { .. }));
     assert!(matches!(bind(&model, IdentityAttention::new("attn")), Err(Error::NoSite { .. })));
+}
+
+#[test]
+fn controls_within_see_the_lanes_of_the_rows_that_are_left() {
+    // Row 0 follows row 2; rows 1 and 3 are of the variant, and follow nobody.
+    let model = Toy::new();
+    let lane = |condition, variant| Lane { sample: 0, condition, variant };
+    let lanes = Lanes::new(vec![lane(3, 0), lane(2, 1), lane(2, 0), lane(3, 1)]);
+    let x = noise(&[4, P, D], 3.0) * 2.0;
+    let (text, keep) = prompt(1);
+    let (text, keep) = (text.expand([4, N, D], false), keep.expand([4, N], false));
+    let swap = PromptToPrompt::new("attn1", 2, 3).with(Edit::swap(), 0..1).unwrap();
+    let stack: Vec<Box<dyn Control>> = vec![Box::new(swap), Box::new(IdentityAttention::new("attn1"))];
+    let controls = Controls::bind(model.sites(), stack).unwrap();
+    let pass = Pass { controls: Some(&controls), lanes: Some(&lanes), ..Pass::default() };
+    let found = model.run(&x, &text, &keep, &|site, attn| pass.attention(site, attn));
+    let expected = model.run(&x, &text, &keep, &|site, attn| {
+        let out = explicit(&model, &[1, 3], site, &attn);
+        if model.sites.get(site).unwrap().matches("attn1") {
+            let (maps, v) = map(&attn);
+            out.get(0).copy_(&maps.get(2).matmul(&v.get(0)));
+        }
+        Ok(out)
+    });
+    assert!(relative(&found, &expected) < 1e-5);
 }

@@ -1,6 +1,6 @@
 use super::*;
 use crate::energy::gradient;
-use crate::noise::Noise;
+use crate::noise::{Noise, Stream};
 use crate::testing::{chi_square, ks_test};
 use tch::kind::DOUBLE_CPU;
 
