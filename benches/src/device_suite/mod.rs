@@ -3,6 +3,7 @@
 //! The binary `device-suite` runs it. It carries all that it needs, so that it can be taken to a machine that has the
 //! device, LibTorch 2.11 and nothing else: `cargo xtask device-suite` packs it.
 
+mod controls;
 mod distribution;
 mod parity;
 pub mod random_llama;
@@ -73,7 +74,10 @@ pub fn run(device: Device, models: &Path, show: &mut dyn FnMut(&Row)) -> Result<
         rows.extend(new);
     };
     for (kind, name) in KINDS {
-        add(parity::language_models(models, Placement::new(device, kind), name)?);
+        let placement = Placement::new(device, kind);
+        add(parity::language_models(models, placement, name)?);
+        add(controls::adapters(models, placement, name)?);
+        add(controls::attention_edits(placement, name)?);
     }
     add(distribution::sampling(device)?);
     add(distribution::noise(device)?);

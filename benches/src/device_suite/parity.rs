@@ -10,7 +10,7 @@ use super::Row;
 
 /// How far logits may be from those in f64, over the largest of them: what an element type's rounding makes of two
 /// layers, with room.
-fn bound(kind: Kind) -> f64 {
+pub(super) fn bound(kind: Kind) -> f64 {
     match kind {
         Kind::Half => 1e-2,
         Kind::BFloat16 => 5e-2,
@@ -52,7 +52,15 @@ pub fn language_models(models: &Path, placement: Placement, kind: &'static str) 
     Ok(rows)
 }
 
-/// Logits of two rows, the second with two tokens of padding before it: f64 `[B, T, V]` on the CPU, padding left out.
+/// The largest difference, over the largest number expected.
+pub(super) fn largest_difference(found: &Tensor, expected: &Tensor) -> Result<f64> {
+    let exact = |t: &Tensor| -> Result<Tensor> { Ok(t.f_to_kind(Kind::Double)?.f_to_device(Device::Cpu)?) };
+    let largest = |t: &Tensor| -> Result<f64> { Ok(t.f_abs()?.f_max()?.f_double_value(&[])?) };
+    let expected = exact(expected)?;
+    Ok(largest(&exact(found)?.f_sub(&expected)?)? / largest(&expected)?)
+}
+
+/// Logits of two rows, the second with two tokens of padding before it: `[B, T, V]`, padding left out.
 fn logits(model: &dyn LanguageModel, cached: bool) -> Result<Tensor> {
     let _no_gradients = tch::no_grad_guard();
     let (spec, length) = (model.spec(), 12);
@@ -73,5 +81,5 @@ fn logits(model: &dyn LanguageModel, cached: bool) -> Result<Tensor> {
     } else {
         read(0, length)?
     };
-    Ok(logits.f_narrow(1, 2, length - 2)?.f_to_kind(Kind::Double)?.f_to_device(Device::Cpu)?)
+    Ok(logits.f_narrow(1, 2, length - 2)?)
 }
