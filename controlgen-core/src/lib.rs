@@ -42,7 +42,7 @@ pub use adapter::{Adapter, AdapterId, MergedWeights, copy_parameters};
 pub use attention::{Attn, Mask};
 pub use autoencoder::{Autoencoder, AutoencoderSpec, Latents};
 pub use classifier::Classifier;
-pub use control::{At, Binding, Control, Controls, Next, Offset};
+pub use control::{At, Binding, Control, Controls, Next, Offset, Part, part_by_part};
 pub use denoiser::{Condition, Denoiser, DenoiserSpec, NoiseLevel, Parameterisation, Prediction, Prepared};
 pub use device::{Placement, device, kind};
 pub use encoder::{Encoder, EncoderInput, EncoderSpec, Features, Reads};
