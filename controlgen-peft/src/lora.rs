@@ -210,11 +210,11 @@ fn times(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     Ok(if x.dim() == 1 { w.f_mv(x)? } else { x.f_mm(&w.f_tr()?)? })
 }
 
-/// y plus a change in f32, rounded once.
+/// y `[.., width]` plus a change `[width]` or `[N, width]` in f32, rounded once.
 fn plus(y: &Tensor, change: &Tensor) -> Result<Tensor> {
     let kind = y.f_kind()?;
-    let sum = flat(y)?.f_add(change)?;
-    Ok(sum.f_to_kind(kind)?.f_view(&y.size()[..])?)
+    let sum = if change.dim() == 1 { y.f_add(change)? } else { y.f_add(&change.f_view(&y.size()[..])?)? };
+    Ok(if kind == Kind::Float { sum } else { sum.f_to_kind(kind)? })
 }
 
 impl Control for Lora {
@@ -289,7 +289,7 @@ impl Adapter for Lora {
             let what = format!("PEFT's format for `{}`, a slice of a fused site,", part.place.name);
             return Err(Error::unsupported(what, "LoRA of the whole site"));
         }
-        write(directory, self.config.write(), &self.parameters())
+        write(directory, &self.config.write(), &self.parameters())
     }
 
     fn load(&mut self, directory: &Path) -> Result<()> {
