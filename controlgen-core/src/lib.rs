@@ -48,7 +48,7 @@ pub use device::{Placement, device, kind};
 pub use encoder::{Encoder, EncoderInput, EncoderSpec, Features, Reads};
 pub use energy::{Energy, EnergyFn};
 pub use error::{Error, RemoteError, Result};
-pub use grad::EnableGrad;
+pub use grad::{EnableGrad, is_recording};
 pub use guidance::Guidance;
 pub use image_sampler::{ImageRequest, ImageSampler};
 pub use lanes::{BoxRows, Lane, Lanes, Rows};
