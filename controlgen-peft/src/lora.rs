@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use controlgen_core::{
     Adapter, AdapterId, At, Binding, Control, Error, MergedWeights, Part, Result, SiteId, SiteMap,
-    copy_parameters, part_by_part,
+    copy_parameters, is_recording, part_by_part,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -145,8 +145,11 @@ impl Lora {
     }
 
     /// A of several parts below each other, if they can be done together: without gradients, and all of the product.
-    fn stacked_a(&self, parts: &[Part<'_>], x: &Tensor, y: &Tensor) -> Result<Option<Tensor>> {
-        let (Slot { stack, row, .. }, factors) = self.part(parts[0].at.slot)?;
+    fn stacked_a(&self, parts: &[Part<'_>], y: &Tensor) -> Result<Option<Tensor>> {
+        let (Slot { stack, row, .. }, _) = self.part(parts[0].at.slot)?;
+        if is_recording() {
+            return Ok(None);
+        }
         let (mut rows, mut end) = (0, 0);
         for (part, number) in parts.iter().zip(parts[0].at.slot..) {
             let (slot, _) = self.part(part.at.slot)?;
@@ -156,9 +159,7 @@ impl Lora {
             }
             (rows, end) = (rows + slot.rank, end + part.len);
         }
-        // A leaf's view requires gradients where they are recorded.
-        let recorded = x.requires_grad() || y.requires_grad() || factors.a.f_tr()?.requires_grad();
-        if recorded || y.size().last() != Some(&end) {
+        if y.size().last() != Some(&end) {
             return Ok(None);
         }
         Ok(Some(self.stacks[*stack].f_narrow(0, *row, rows)?))
@@ -245,7 +246,7 @@ impl Control for Lora {
     }
 
     fn linear_parts(&self, parts: &[Part<'_>], x: &Tensor, y: Tensor) -> Result<Tensor> {
-        let Some(a) = self.stacked_a(parts, x, &y)? else { return part_by_part(self, parts, x, y) };
+        let Some(a) = self.stacked_a(parts, &y)? else { return part_by_part(self, parts, x, y) };
         on_rows(parts[0].at.pass, self.id, x, y, |x, y| {
             let low = times(&flat(x)?.f_to_kind(Kind::Float)?, &a)?; // (.., Σ r)
             let mut row = 0;
