@@ -57,7 +57,7 @@ FIXTURES = {
         "llama_biased", lora(target_modules=r".*layers\.\d+\.(self_attn\.[qv]|mlp\.down)_proj"), [{"lora_alpha": 6}],
     ),
     "lora_layers": (
-        "llama_head_dim", lora(target_modules=["q_proj", "gate_proj", "model.layers.0.self_attn.o_proj"],
+        "llama_head_dim", lora(target_modules=["q_proj", "gate_proj", "model.layers.1.self_attn.o_proj"],
                                layers_to_transform=[0, 2]),
         [{"lora_alpha": 6}],
     ),

@@ -60,6 +60,16 @@ pub trait Control: Send {
         Ok(y)
     }
 
+    /// After one product of which several linear sites are the parts (queries, keys and values; gate and up): what
+    /// [`Control::linear`] does at each of `parts`, in order; y `[.., Σ outputs]`. A control that can do them together
+    /// saves calls.
+    ///
+    /// # Errors
+    /// The control's own.
+    fn linear_parts(&self, parts: &[Part<'_>], x: &Tensor, y: Tensor) -> Result<Tensor> {
+        part_by_part(self, parts, x, y)
+    }
+
     /// Around an attention: run `next` zero times, once or twice. The control bound last is outermost.
     ///
     /// # Errors
@@ -86,6 +96,58 @@ pub trait Control: Send {
         let _ = (at, ids);
         Ok(e)
     }
+}
+
+/// A linear site that is a range of one product's outputs.
+#[derive(Clone, Copy)]
+pub struct Part<'a> {
+    /// The site and the slot.
+    pub at: At<'a>,
+    /// The first of its outputs.
+    pub start: i64,
+    /// How many there are.
+    pub len: i64,
+}
+
+/// [`Control::linear_parts`] by [`Control::linear`], part by part. Parts are in the order of their outputs; one may be
+/// there several times, under several slots.
+///
+/// # Errors
+/// The control's and LibTorch's.
+pub fn part_by_part<C: Control + ?Sized>(
+    control: &C,
+    parts: &[Part<'_>],
+    x: &Tensor,
+    y: Tensor,
+) -> Result<Tensor> {
+    let (mut end, mut changed, mut out) = (0, false, Vec::with_capacity(2 * parts.len() + 1));
+    for slots in parts.chunk_by(|a, b| a.start == b.start) {
+        let Part { start, len, .. } = slots[0];
+        if start > end {
+            out.push(y.f_narrow(-1, end, start - end)?);
+        }
+        end = start + len;
+        let view = y.f_narrow(-1, start, len)?;
+        let mut part = view.shallow_clone();
+        for slot in slots {
+            part = control.linear(slot.at, x, part)?;
+        }
+        changed |= !same_view(&part, &view);
+        out.push(part);
+    }
+    if !changed {
+        return Ok(y);
+    }
+    let width = y.size().last().copied().unwrap_or(0);
+    if width > end {
+        out.push(y.f_narrow(-1, end, width - end)?);
+    }
+    Ok(Tensor::f_cat(&out, -1)?)
+}
+
+/// Whether two tensors are the same elements of the same storage.
+fn same_view(a: &Tensor, b: &Tensor) -> bool {
+    a.data_ptr() == b.data_ptr() && a.size() == b.size() && a.stride() == b.stride()
 }
 
 /// How many positions controls put before the first token.
@@ -333,6 +395,34 @@ impl<'a> Pass<'a> {
             for hook in &hooks.main {
                 y = controls.controls[hook.control].linear(At { site, slot: hook.slot, pass: self }, x, y)?;
             }
+        }
+        Ok(y)
+    }
+
+    /// Runs [`Control::linear_parts`] after one product whose outputs are the sites' in turn, so many each.
+    ///
+    /// # Errors
+    /// The controls'.
+    pub fn linear_parts(
+        &'a self,
+        sites: impl IntoIterator<Item = (SiteId, i64)>,
+        x: &Tensor,
+        mut y: Tensor,
+    ) -> Result<Tensor> {
+        let Some(controls) = self.controls else { return Ok(y) };
+        let (mut start, mut calls) = (0, Vec::new());
+        for (site, len) in sites {
+            for hook in controls.hooks.get(site.index()).map_or(&[][..], |hooks| &hooks.main) {
+                let at = At { site, slot: hook.slot, pass: self };
+                calls.push((hook.control, Part { at, start, len }));
+            }
+            start += len;
+        }
+        // Parts do not depend on each other: control by control is each part's order too.
+        calls.sort_by_key(|(control, _)| *control);
+        for of_one in calls.chunk_by(|a, b| a.0 == b.0) {
+            let parts: Vec<Part<'_>> = of_one.iter().map(|(_, part)| *part).collect();
+            y = controls.controls[of_one[0].0].linear_parts(&parts, x, y)?;
         }
         Ok(y)
     }

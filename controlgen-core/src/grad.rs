@@ -4,6 +4,14 @@ use std::marker::PhantomData;
 
 use tch::NoGradGuard;
 
+/// Whether this thread records gradients now: whether what is computed from a leaf that requires them requires them too.
+///
+/// It costs some nanoseconds. To ask a result's `requires_grad` instead would mislead: a view of a leaf says yes even
+/// under a guard.
+pub fn is_recording() -> bool {
+    crate::sys::is_recording()
+}
+
 /// Records gradients on this thread until it is dropped; then whatever held before holds again, after a panic too.
 ///
 /// The rule of these crates: gradients are asked for. Searches and samplers run under [`tch::no_grad_guard`], and
@@ -58,7 +66,9 @@ mod tests {
     use tch::{Tensor, kind::FLOAT_CPU};
 
     fn recording() -> bool {
-        (Tensor::ones([1], FLOAT_CPU).set_requires_grad(true) * 2.0).requires_grad()
+        let recorded = (Tensor::ones([1], FLOAT_CPU).set_requires_grad(true) * 2.0).requires_grad();
+        assert_eq!(is_recording(), recorded);
+        recorded
     }
 
     #[test]

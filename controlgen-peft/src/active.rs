@@ -152,7 +152,7 @@ impl Acting {
 }
 
 /// On which rows an adapter acts; on all where `None`.
-pub(crate) fn acting<'p>(lanes: Option<&'p Lanes>, id: AdapterId) -> Result<Option<&'p Acting>> {
+pub(crate) fn acting(lanes: Option<&Lanes>, id: AdapterId) -> Result<Option<&Acting>> {
     let Some(lanes) = lanes else { return Ok(None) };
     let Some(column) = lanes.get::<ActiveAdapters>() else { return Ok(None) };
     if column.rows != lanes.rows().len() {

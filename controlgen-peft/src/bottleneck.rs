@@ -229,7 +229,7 @@ impl Adapter for Bottleneck {
     /// # Errors
     /// [`Error::Io`].
     fn save(&self, directory: &Path) -> Result<()> {
-        write(directory, self.config.write(), &self.parameters())
+        write(directory, &self.config.write(), &self.parameters())
     }
 
     fn load(&mut self, directory: &Path) -> Result<()> {

@@ -69,13 +69,13 @@ pub(crate) fn read_parameters(directory: &Path, into: &[(String, Tensor)]) -> Re
 /// Writes a directory: parameters first, so that a configuration is never without them.
 pub(crate) fn write(
     directory: &Path,
-    config: Map<String, Value>,
+    config: &Map<String, Value>,
     parameters: &[(String, Tensor)],
 ) -> Result<()> {
     std::fs::create_dir_all(directory).map_err(|error| Error::io(directory, error))?;
     save(directory.join(format!("{STEM}.safetensors")), parameters, &[("format", "pt")])?;
     let path = directory.join(CONFIG);
-    let mut text = serde_json::to_string_pretty(&config).map_err(|error| Error::format(&path, error))?;
+    let mut text = serde_json::to_string_pretty(config).map_err(|error| Error::format(&path, error))?;
     text.push('\n');
     replace(&path, text.as_bytes())
 }

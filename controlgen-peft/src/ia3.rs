@@ -46,6 +46,9 @@ impl Default for Ia3Config {
     }
 }
 
+/// Whether something holds of a site's name.
+type SaysOf<'a> = Box<dyn Fn(&str) -> bool + 'a>;
+
 impl Ia3Config {
     fn read(fields: &Fields) -> Result<Self> {
         fields
@@ -77,7 +80,7 @@ impl Ia3Config {
     }
 
     /// Tells whether a site's input is scaled, by its name.
-    fn feedforward(&self) -> Result<Box<dyn Fn(&str) -> bool + '_>> {
+    fn feedforward(&self) -> Result<SaysOf<'_>> {
         Ok(match &self.feedforward_modules {
             Targets::Names(names) => Box::new(|name| names.iter().any(|end| name.ends_with(end.as_str()))),
             Targets::Pattern(pattern) => {
@@ -240,7 +243,7 @@ impl Adapter for Ia3 {
             let what = format!("PEFT's format for `{}`, a slice of a fused site,", part.place.name);
             return Err(Error::unsupported(what, "(IA)³ of the whole site"));
         }
-        write(directory, self.config.write(), &self.parameters())
+        write(directory, &self.config.write(), &self.parameters())
     }
 
     /// Which sites are scaled before the product is told by the shapes.

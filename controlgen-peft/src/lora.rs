@@ -4,13 +4,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use controlgen_core::{
-    Adapter, AdapterId, At, Binding, Control, Error, MergedWeights, Result, SiteId, SiteMap,
+    Adapter, AdapterId, At, Binding, Control, Error, MergedWeights, Part, Result, SiteId, SiteMap,
+    copy_parameters, is_recording, part_by_part,
 };
 use tch::{Device, Kind, Tensor};
 
 use crate::active::on_rows;
 use crate::directory::{fields_of, read_parameters, write};
-use crate::initial::{kaiming, leaf, zeros};
+use crate::initial::kaiming;
 use crate::lora_config::{LoraConfig, TYPE};
 use crate::targets::Place;
 
@@ -21,16 +22,33 @@ use crate::targets::Place;
 pub struct Lora {
     id: AdapterId,
     config: Arc<LoraConfig>,
-    parts: Arc<Vec<Part>>,
-    /// A and B of each part.
-    factors: Vec<(Tensor, Tensor)>,
+    parts: Arc<Vec<Slot>>,
+    /// Of each part.
+    factors: Vec<Factors>,
+    /// The A of runs of parts with equal inputs, one below the other: parts of one product are multiplied as one. What
+    /// is written to an A is written here.
+    stacks: Vec<Tensor>,
 }
 
 /// One site, or one slice of one.
-struct Part {
+#[derive(Clone)]
+struct Slot {
     place: Place,
     rank: i64,
     scale: f64,
+    /// Which stack its A is in, and the first row there.
+    stack: usize,
+    row: i64,
+}
+
+/// The parameters of a part.
+struct Factors {
+    /// A, `[r, inputs]`: some rows of a stack
+    a: Tensor,
+    /// B, `[outputs, r]`
+    b: Tensor,
+    /// s, without dimensions; none for 1
+    scale: Option<Tensor>,
 }
 
 impl Lora {
@@ -40,10 +58,13 @@ impl Lora {
     /// [`Error::Value`] for a rank below 1, an α that is no number, a pattern that is none; [`Error::NoSite`] for a name
     /// that is nowhere.
     pub fn new(config: LoraConfig, sites: &SiteMap, seed: u64) -> Result<Self> {
-        Self::build(config, sites, true, |part, number| {
-            let a = kaiming([part.rank, part.place.inputs], seed, number)?;
-            Ok((a, zeros(&[part.place.outputs, part.rank])?))
-        })
+        let new = Self::build(config, sites, true)?;
+        let _no_gradients = tch::no_grad_guard();
+        for (number, factors) in new.factors.iter().enumerate() {
+            let [r, inputs] = factors.a.size2().map(<[i64; 2]>::from)?;
+            factors.a.shallow_clone().f_copy_(&kaiming([r, inputs], seed, number)?)?;
+        }
+        Ok(new)
     }
 
     /// Opens PEFT's directory: `adapter_config.json` of type `LORA`, `adapter_model.safetensors`. Names in
@@ -57,38 +78,41 @@ impl Lora {
     pub fn open(directory: impl AsRef<Path>, sites: &SiteMap) -> Result<Self> {
         let directory = directory.as_ref();
         let config = LoraConfig::read(&fields_of(directory, TYPE)?)?;
-        let opened = Self::build(config, sites, false, |part, _| {
-            Ok((zeros(&[part.rank, part.place.inputs])?, zeros(&[part.place.outputs, part.rank])?))
-        })?;
+        let opened = Self::build(config, sites, false)?;
         read_parameters(directory, &opened.parameters())?;
         Ok(opened)
     }
 
-    fn build(
-        config: LoraConfig,
-        sites: &SiteMap,
-        strict: bool,
-        mut factors: impl FnMut(&Part, usize) -> Result<(Tensor, Tensor)>,
-    ) -> Result<Self> {
+    fn build(config: LoraConfig, sites: &SiteMap, strict: bool) -> Result<Self> {
         config.validate()?;
         let places = config.in_layers(config.target_modules.resolve(sites, strict)?);
         if places.is_empty() {
             let expected = "numbers of layers with target_modules in them";
-            return Err(Error::value(
-                "layers_to_transform",
-                expected,
-                format!("{:?}", config.layers_to_transform),
-            ));
+            let found = format!("{:?}", config.layers_to_transform);
+            return Err(Error::value("layers_to_transform", expected, found));
         }
         let ranks = config.ranks()?;
-        let part = |place: Place| {
+        let (mut parts, mut shapes): (Vec<Slot>, Vec<[i64; 2]>) = (Vec::new(), Vec::new());
+        for place in places {
             let (rank, scale) = ranks.of(&place.name);
-            Part { place, rank, scale }
-        };
-        let parts: Vec<Part> = places.into_iter().map(part).collect();
+            if parts.last().is_none_or(|last| last.place.inputs != place.inputs) {
+                shapes.push([0, place.inputs]);
+            }
+            let stack = shapes.len() - 1;
+            parts.push(Slot { rank, scale, stack, row: shapes[stack][0], place });
+            shapes[stack][0] += rank;
+        }
+        Self::stacked(config, parts, &shapes, Device::Cpu)
+    }
+
+    /// With parameters of zeros.
+    fn stacked(config: LoraConfig, parts: Vec<Slot>, shapes: &[[i64; 2]], device: Device) -> Result<Self> {
+        let zeros = |shape: &[i64; 2]| Tensor::f_zeros(shape, (Kind::Float, device));
+        let stacks = shapes.iter().map(zeros).collect::<Result<Vec<_>, _>>()?;
         let factors =
-            parts.iter().enumerate().map(|(number, part)| factors(part, number)).collect::<Result<_>>()?;
-        Ok(Self { id: AdapterId::unique(), config: Arc::new(config), parts: Arc::new(parts), factors })
+            parts.iter().map(|part| Factors::new(part, &stacks[part.stack])).collect::<Result<_>>()?;
+        let (id, config, parts) = (AdapterId::unique(), Arc::new(config), Arc::new(parts));
+        Ok(Self { id, config, parts, factors, stacks })
     }
 
     /// What it is.
@@ -103,7 +127,8 @@ impl Lora {
             id: self.id,
             config: Arc::clone(&self.config),
             parts: Arc::clone(&self.parts),
-            factors: self.factors.iter().map(|(a, b)| (a.shallow_clone(), b.shallow_clone())).collect(),
+            factors: self.factors.iter().map(Factors::share).collect(),
+            stacks: self.stacks.iter().map(Tensor::shallow_clone).collect(),
         }
     }
 
@@ -112,25 +137,84 @@ impl Lora {
     /// # Errors
     /// Those of LibTorch.
     pub fn to_device(&self, device: Device) -> Result<Self> {
-        let moved =
-            |(a, b): &(Tensor, Tensor)| Ok((leaf(&a.f_to_device(device)?)?, leaf(&b.f_to_device(device)?)?));
-        let factors = self.factors.iter().map(moved).collect::<Result<_>>()?;
-        Ok(Self { id: AdapterId::unique(), factors, ..self.share() })
+        let shapes = self.stacks.iter().map(|stack| Ok(<[i64; 2]>::from(stack.size2()?)));
+        let shapes = shapes.collect::<Result<Vec<_>>>()?;
+        let moved = Self::stacked((*self.config).clone(), self.parts.to_vec(), &shapes, device)?;
+        copy_parameters("LoRA", &self.parameters(), &moved.parameters())?;
+        Ok(moved)
     }
 
-    fn part(&self, slot: usize) -> Result<(&Part, &(Tensor, Tensor))> {
+    /// A of several parts below each other, if they can be done together: without gradients, and all of the product.
+    fn stacked_a(&self, parts: &[Part<'_>], y: &Tensor) -> Result<Option<Tensor>> {
+        let (Slot { stack, row, .. }, _) = self.part(parts[0].at.slot)?;
+        if is_recording() {
+            return Ok(None);
+        }
+        let (mut rows, mut end) = (0, 0);
+        for (part, number) in parts.iter().zip(parts[0].at.slot..) {
+            let (slot, _) = self.part(part.at.slot)?;
+            let next = (part.at.slot, part.start, slot.stack) == (number, end, *stack);
+            if !next || slot.place.slice.is_some() {
+                return Ok(None);
+            }
+            (rows, end) = (rows + slot.rank, end + part.len);
+        }
+        if y.size().last() != Some(&end) {
+            return Ok(None);
+        }
+        Ok(Some(self.stacks[*stack].f_narrow(0, *row, rows)?))
+    }
+
+    fn part(&self, slot: usize) -> Result<(&Slot, &Factors)> {
         let found = self.parts.get(slot).zip(self.factors.get(slot));
         found.ok_or_else(|| Error::value("a LoRA's slot", format!("0 .. {}", self.parts.len()), slot))
     }
 }
 
-/// y + s B A x.
-fn add(x: &Tensor, y: &Tensor, (a, b): &(Tensor, Tensor), scale: f64) -> Result<Tensor> {
-    let low = x.f_to_kind(Kind::Float)?.f_linear(a, None::<&Tensor>)?; // (.., r)
-    let low = if scale == 1.0 { low } else { low.f_mul_scalar(scale)? };
-    let change = low.f_linear(b, None::<&Tensor>)?; // (.., outputs)
+impl Factors {
+    /// A in its place of `stack`, and B of zeros. B lies in memory as its transpose, which multiplies faster.
+    fn new(part: &Slot, stack: &Tensor) -> Result<Self> {
+        let (outputs, rank) = (part.place.outputs, part.rank);
+        let options = (Kind::Float, stack.device());
+        let mut b = Tensor::f_empty_strided([outputs, rank], [1, outputs], options)?;
+        let _ = b.f_zero_()?;
+        let a = stack.f_narrow(0, part.row, rank)?.f_detach()?;
+        let scale = match part.scale {
+            1.0 => None,
+            scale => Some(Tensor::f_scalar_tensor(scale, options)?),
+        };
+        Ok(Self { a: a.f_set_requires_grad(true)?, b: b.f_set_requires_grad(true)?, scale })
+    }
+
+    fn share(&self) -> Self {
+        let scale = self.scale.as_ref().map(Tensor::shallow_clone);
+        Self { a: self.a.shallow_clone(), b: self.b.shallow_clone(), scale }
+    }
+
+    /// s B l, for l = A x `[.., r]`.
+    fn up(&self, low: &Tensor) -> Result<Tensor> {
+        match &self.scale {
+            None => times(low, &self.b),
+            Some(scale) => times(&low.f_mul(scale)?, &self.b),
+        }
+    }
+}
+
+/// t `[.., width]` as `[width]` if it is one row, else `[N, width]`.
+fn flat(t: &Tensor) -> Result<Tensor> {
+    let width = t.size().last().copied().unwrap_or(0);
+    Ok(if i64::try_from(t.numel()) == Ok(width) { t.f_reshape([-1])? } else { t.f_reshape([-1, width])? })
+}
+
+/// W x, for x `[inputs]` or `[N, inputs]`.
+fn times(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    Ok(if x.dim() == 1 { w.f_mv(x)? } else { x.f_mm(&w.f_tr()?)? })
+}
+
+/// y `[.., width]` plus a change `[width]` or `[N, width]` in f32, rounded once.
+fn plus(y: &Tensor, change: &Tensor) -> Result<Tensor> {
     let kind = y.f_kind()?;
-    let sum = y.f_add(&change)?; // in f32
+    let sum = if change.dim() == 1 { y.f_add(change)? } else { y.f_add(&change.f_view(&y.size()[..])?)? };
     Ok(if kind == Kind::Float { sum } else { sum.f_to_kind(kind)? })
 }
 
@@ -148,12 +232,31 @@ impl Control for Lora {
 
     fn linear(&self, at: At<'_>, x: &Tensor, y: Tensor) -> Result<Tensor> {
         let (part, factors) = self.part(at.slot)?;
-        on_rows(at.pass, self.id, x, y, |x, y| match part.place.slice {
-            None => add(x, &y, factors, part.scale),
-            Some((start, len)) => {
-                let new = add(x, &y.f_narrow(-1, start, len)?, factors, part.scale)?;
-                Ok(y.f_slice_scatter(&new, -1, start, start + len, 1)?)
+        on_rows(at.pass, self.id, x, y, |x, y| {
+            let low = times(&flat(x)?.f_to_kind(Kind::Float)?, &factors.a)?; // (.., r)
+            let change = factors.up(&low)?; // (.., outputs)
+            match part.place.slice {
+                None => plus(&y, &change),
+                Some((start, len)) => {
+                    let new = plus(&y.f_narrow(-1, start, len)?, &change)?;
+                    Ok(y.f_slice_scatter(&new, -1, start, start + len, 1)?)
+                }
             }
+        })
+    }
+
+    fn linear_parts(&self, parts: &[Part<'_>], x: &Tensor, y: Tensor) -> Result<Tensor> {
+        let Some(a) = self.stacked_a(parts, &y)? else { return part_by_part(self, parts, x, y) };
+        on_rows(parts[0].at.pass, self.id, x, y, |x, y| {
+            let low = times(&flat(x)?.f_to_kind(Kind::Float)?, &a)?; // (.., Σ r)
+            let mut row = 0;
+            let mut changes = Vec::with_capacity(parts.len());
+            for part in parts {
+                let (Slot { rank, .. }, factors) = self.part(part.at.slot)?;
+                changes.push(factors.up(&low.f_narrow(-1, row, *rank)?)?);
+                row += rank;
+            }
+            plus(&y, &Tensor::f_cat(&changes, -1)?)
         })
     }
 }
@@ -168,7 +271,7 @@ impl Adapter for Lora {
     }
 
     fn parameters(&self) -> Vec<(String, Tensor)> {
-        let named = |(part, (a, b)): (&Part, &(Tensor, Tensor))| {
+        let named = |(part, Factors { a, b, .. }): (&Slot, &Factors)| {
             let name = format!("base_model.model.{}", part.place.name);
             [
                 (format!("{name}.lora_A.weight"), a.shallow_clone()),
@@ -187,7 +290,7 @@ impl Adapter for Lora {
             let what = format!("PEFT's format for `{}`, a slice of a fused site,", part.place.name);
             return Err(Error::unsupported(what, "LoRA of the whole site"));
         }
-        write(directory, self.config.write(), &self.parameters())
+        write(directory, &self.config.write(), &self.parameters())
     }
 
     fn load(&mut self, directory: &Path) -> Result<()> {
@@ -211,7 +314,7 @@ impl Adapter for Lora {
             let _no_gradients = tch::no_grad_guard();
             let mut new: Option<Tensor> = None;
             let parts = self.parts.iter().zip(&self.factors).zip(&at).filter(|(_, at)| **at == site);
-            for ((part, (a, b)), _) in parts.filter(|_| w.dim() == 2) {
+            for ((part, Factors { a, b, .. }), _) in parts.filter(|_| w.dim() == 2) {
                 let sum = new.take().map_or_else(|| w.f_detach_copy()?.f_to_kind(Kind::Float), Ok)?;
                 let change = b.f_matmul(a)?.f_mul_scalar(part.scale)?.f_to_device(w.device())?;
                 let (start, len) = part.place.slice.unwrap_or((0, part.place.outputs));

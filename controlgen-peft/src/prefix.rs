@@ -254,7 +254,7 @@ impl Adapter for Prefix {
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value))
         .collect();
-        write(directory, fields, &self.parameters())
+        write(directory, &fields, &self.parameters())
     }
 
     fn load(&mut self, directory: &Path) -> Result<()> {

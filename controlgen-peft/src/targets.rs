@@ -52,7 +52,7 @@ impl Targets {
             Self::Names(names) => vec![false; names.len()],
             _ => vec![false],
         };
-        let matches: Box<dyn Fn(&str) -> Option<usize>> = match self {
+        let matches: Matches<'_> = match self {
             Self::Names(names) => Box::new(|name| names.iter().position(|target| is_suffix(target, name))),
             Self::Pattern(pattern) => {
                 let regex = whole(pattern, "target_modules")?;
@@ -103,6 +103,9 @@ impl Targets {
 fn no_site(selector: &str) -> Error {
     Error::NoSite { selector: selector.to_owned(), kind: SiteKind::Linear.name(), near: Vec::new() }
 }
+
+/// Which of the targets a name is, if it is one.
+type Matches<'a> = Box<dyn Fn(&str) -> Option<usize> + 'a>;
 
 /// A linear site, or one slice of its outputs.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -34,9 +34,11 @@ fn tokens() -> Tensor {
     ids(&[&[5, 9, 14, 3, 40, 21], &[8, 8, 30, 12, 4, 50]])
 }
 
+type Case = (&'static str, Box<dyn LanguageModel>, Box<dyn Adapter>);
+
 /// New adapters of every kind that begins as the identity, and a model each.
-fn new_adapters() -> Vec<(&'static str, Box<dyn LanguageModel>, Box<dyn Adapter>)> {
-    let mut all: Vec<(&'static str, Box<dyn LanguageModel>, Box<dyn Adapter>)> = Vec::new();
+fn new_adapters() -> Vec<Case> {
+    let mut all: Vec<Case> = Vec::new();
     for name in ["gpt2_gelu_new", "llama_biased"] {
         let lm = model(name);
         let (sites, gpt2) = (lm.sites(), name.starts_with("gpt2"));

@@ -94,22 +94,8 @@ impl Linear {
         if self.parts.iter().any(|part| pass.acts_before(part.site)) {
             return self.forward_split(x, pass);
         }
-        let whole = self.product(x)?;
-        let (mut start, mut changed) = (0, false);
-        let mut out = Vec::with_capacity(self.parts.len());
-        for part in &self.parts {
-            let y = whole.f_narrow(-1, start, part.outputs)?;
-            start += part.outputs;
-            out.push(if pass.acts_at(part.site) {
-                let view = y.shallow_clone();
-                let y = pass.linear(part.site, x, y)?;
-                changed |= !same_view(&y, &view);
-                y
-            } else {
-                y
-            });
-        }
-        if changed { Ok(Tensor::f_cat(&out, -1)?) } else { Ok(whole) }
+        let sites = self.parts.iter().map(|part| (part.site, part.outputs));
+        pass.linear_parts(sites, x, self.product(x)?)
     }
 
     /// Part by part, each with an input of its own.
@@ -162,11 +148,6 @@ impl Linear {
         }
         if changed { Ok(Some(Tensor::f_cat(&parts, 0)?)) } else { Ok(None) }
     }
-}
-
-/// Whether two tensors are the same elements of the same storage.
-fn same_view(a: &Tensor, b: &Tensor) -> bool {
-    a.data_ptr() == b.data_ptr() && a.size() == b.size() && a.stride() == b.stride()
 }
 
 #[cfg(test)]

@@ -1,10 +1,11 @@
 //! The only place where `unsafe` is written: memory maps, LibTorch tensors over borrowed bytes, libraries and functions
-//! looked up at run time, kernels.
+//! looked up at run time, LibTorch's gradient mode, kernels.
 #![allow(unsafe_code)]
 
 mod blob;
 mod cuda;
 mod few_rows;
+mod grad;
 mod mmap;
 
 pub(crate) use blob::copy_from_bytes;
@@ -12,4 +13,5 @@ pub(crate) use blob::copy_from_bytes;
 pub(crate) use blob::copy_from_floats;
 pub(crate) use cuda::open_cuda;
 pub(crate) use few_rows::few_rows;
+pub(crate) use grad::is_recording;
 pub(crate) use mmap::Map;
