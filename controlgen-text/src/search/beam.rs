@@ -11,7 +11,9 @@ use super::{Finish, Hypothesis, Listener, Task};
 /// With x the new tokens, y the prompt and s the scores that controls leave of log p (log p itself without them), not
 /// normalised again, a hypothesis that has ended scores
 ///
-///     (Σₜ s(xₜ | y, x₁ … xₜ₋₁) + Σ log-weights of the controls' `finish`) / length ** length_penalty
+/// ```text
+/// (Σₜ s(xₜ | y, x₁ … xₜ₋₁) + Σ log-weights of the controls' `finish`) / length ** length_penalty
+/// ```
 ///
 /// where the length counts the token that ended it. At each step the candidates are all hypotheses with all tokens
 /// after them. Of the best `num_beams` candidates, those that end are finished; the best `num_beams` that do not end go
