@@ -4,11 +4,12 @@
     python beam_fixtures.py smollm2 MODEL_DIR
 
 The first writes controlgen-text/tests/fixtures/beams.json (small random models), the second smollm2/beams.json beside
-it. `search` below is beam search as the documentation of transformers has it, one prompt at a time, without padding,
-cache or batch. Without groups it must agree with `generate` on a padded batch, or nothing is written; with groups it is
+it. `search` below is beam search as the documentation of transformers has it, one prompt at a time, without padding
+or batch. Without groups it must agree with `generate` on a padded batch, or nothing is written; with groups it is
 the reference. It also tells how close its decisions were.
 """
 
+import copy
 import json
 import sys
 from collections import Counter
@@ -37,17 +38,25 @@ def controls(config):
     return made
 
 
-KNOWN = {}
+KNOWN, PROMPT = {}, {}
 
 
-def log_probs(model, ids):
-    """Of the token after each row; each row is run once in the life of the model."""
-    new = [row for row in ids.tolist() if tuple(row) not in KNOWN]
+def log_probs(model, prompt, said):
+    """Of the token after each of `said`, all of one length, after the prompt; each is run once in the life of the model."""
+    new = [row for row in said if (*prompt, -1, *row) not in KNOWN]
     if new:
         with torch.no_grad():
-            rows = model(torch.tensor(new), use_cache=False).logits[:, -1].float().log_softmax(-1)
-        KNOWN.update((tuple(row), result.clone()) for row, result in zip(new, rows))
-    return torch.stack([KNOWN[tuple(row)] for row in ids.tolist()])
+            if tuple(prompt) not in PROMPT:
+                PROMPT.clear()
+                PROMPT[tuple(prompt)] = model(torch.tensor([prompt]), use_cache=True)
+            rows = PROMPT[tuple(prompt)].logits[:, -1:]
+            if new[0]:
+                cache = copy.deepcopy(PROMPT[tuple(prompt)].past_key_values)
+                cache.batch_repeat_interleave(len(new))
+                rows = model(torch.tensor(new), past_key_values=cache).logits
+            rows = rows[:, -1].float().log_softmax(-1)
+        KNOWN.update(((*prompt, -1, *row), result.clone()) for row, result in zip(new, rows))
+    return torch.stack([KNOWN[(*prompt, -1, *row)] for row in said])
 
 
 class Group:
@@ -79,7 +88,7 @@ def search(model, prompt, config):
             if group.over:
                 continue
             ids = torch.tensor([prompt + said for said, _ in group.running])
-            scores = log_probs(model, ids)
+            scores = log_probs(model, prompt, [said for said, _ in group.running])
             for control in controls(config):
                 scores = control(ids, scores)
             for token, times in chosen.items():
@@ -180,6 +189,7 @@ def grid(base):
 
 def load(folder):
     KNOWN.clear()
+    PROMPT.clear()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config = GenerationConfig()
     return model
@@ -211,11 +221,10 @@ def fixtures():
 
 def smollm2(folder):
     model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
-    texts = ["The capital of France is", "Once upon a time, in a small village by the sea,", "def fibonacci(n):\n    ",
-             "1. Wash the vegetables.\n2. Cut them into pieces.\n3.", "Roses are red,\nViolets are blue,\n"]
+    texts = ["The capital of France is", "Once upon a time, in a small village by the sea,", "def fibonacci(n):\n    "]
     prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     stops = [2, *(tokenizer(text, add_special_tokens=False).input_ids[0] for text in (".", "\n"))]
-    base = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 20, "eos_token_id": stops}
+    base = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 12, "eos_token_id": stops}
     configs = [
         {**base, "eos_token_id": [2]},
         base,

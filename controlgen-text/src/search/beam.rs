@@ -11,13 +11,15 @@ use super::{Finish, Hypothesis, Listener, Task};
 /// With x the new tokens, y the prompt and s the scores that controls leave of log p (log p itself without them), not
 /// normalised again, a hypothesis that has ended scores
 ///
-///     (Σₜ s(xₜ | y, x₁ … xₜ₋₁) + Σ log-weights of the controls' `finish`) / length ** length_penalty
+/// ```text
+/// (Σₜ s(xₜ | y, x₁ … xₜ₋₁) + Σ log-weights of the controls' `finish`) / length ** length_penalty
+/// ```
 ///
 /// where the length counts the token that ended it. At each step the candidates are all hypotheses with all tokens
 /// after them. Of the best `num_beams` candidates, those that end are finished; the best `num_beams` that do not end go
 /// on. `num_beams` finished ones are kept. All of this is transformers' (5.23, `_beam_search`), but for two things: a
-/// hypothesis that nothing may follow is dropped, where transformers ranks it last; and `EarlyStopping::Never` counts
-/// on no more tokens than the model's context holds.
+/// hypothesis that nothing may follow, or whose log-weight is −∞, is dropped, where transformers ranks it last; and
+/// `EarlyStopping::Never` counts on no more tokens than the model's context holds.
 ///
 /// Wu et al., "Google's Neural Machine Translation System" (2016), section 7, is where the normalisation by length
 /// comes from, in another form.
@@ -190,13 +192,27 @@ impl Beams {
         so_far
     }
 
-    /// Takes a hypothesis that has ended, with the controls' log-weight.
-    pub(super) fn finish(&mut self, search: &BeamSearch, mut ended: Hypothesis, log_weight: f64) {
+    /// Takes a hypothesis that has ended, with the controls' log-weight. Without probability it is dropped.
+    pub(super) fn finish(
+        &mut self,
+        search: &BeamSearch,
+        mut ended: Hypothesis,
+        log_weight: f64,
+    ) -> Result<()> {
+        if log_weight.is_nan() || log_weight == f64::INFINITY {
+            let (what, at) =
+                ("log-weight of a finished hypothesis".into(), format!("prompt {}", self.prompt));
+            return Err(Error::NotFinite { what, at, found: log_weight.to_string() });
+        }
+        if log_weight == f64::NEG_INFINITY {
+            return Ok(());
+        }
         let length = ended.ids.len() + usize::from(matches!(ended.finish, Finish::Eos(_)));
         ended.score = search.normalised(ended.score + log_weight, length);
         let at = self.finished.partition_point(|better| better.score >= ended.score);
         self.finished.insert(at, ended);
         self.finished.truncate(search.num_beams);
+        Ok(())
     }
 
     /// Decides whether the search is over, of hypotheses that have `length` tokens and may have `longest`.

@@ -62,7 +62,7 @@ pub(super) fn run(task: &Task<'_>, plan: &Plan, listener: &mut dyn Listener) -> 
         let chosen = going.len() + ending.len();
         for (row, (fork, ended)) in iter::zip(going.len().., ending) {
             let log_weight = task.controls.finish(&live.controls, row)?;
-            sets[fork.set].finish(&plan.beams, ended, log_weight);
+            sets[fork.set].finish(&plan.beams, ended, log_weight)?;
         }
         for set in sets.iter_mut().filter(|set| !set.is_over()) {
             set.settle(&plan.beams, step + 1, longest);
@@ -286,7 +286,7 @@ fn finish_all(task: &Task<'_>, plan: &Plan, live: &Live, sets: &mut [Beams], fin
     for set in sets {
         for Beam { row, so_far } in std::mem::take(&mut set.running) {
             let log_weight = task.controls.finish(&live.controls, row)?;
-            set.finish(&plan.beams, Hypothesis { finish: finish.clone(), ..so_far }, log_weight);
+            set.finish(&plan.beams, Hypothesis { finish: finish.clone(), ..so_far }, log_weight)?;
         }
         set.settle(&plan.beams, 0, 0);
     }

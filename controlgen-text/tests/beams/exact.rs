@@ -123,6 +123,43 @@ fn log_weights_of_the_finished_count() {
     full_width(&TokenControls::new().with(PerRow(Even)), |_, _| {}, reward);
 }
 
+/// A log-weight of −∞ forbids what is finished; NaN is an error.
+#[test]
+fn a_log_weight_may_forbid() {
+    #[derive(Clone)]
+    struct Forbid(f64);
+    impl RowControl for Forbid {
+        type State = Vec<i64>;
+        fn start(&self, _prompt: &[i64]) -> Result<Vec<i64>> {
+            Ok(Vec::new())
+        }
+        fn score(&self, _said: &Vec<i64>, _row: &mut Tensor) -> Result<()> {
+            Ok(())
+        }
+        fn advance(&self, said: &mut Vec<i64>, token: i64) -> Result<()> {
+            said.push(token);
+            Ok(())
+        }
+        fn finish(&self, said: &Vec<i64>) -> Result<f64> {
+            Ok(if said.contains(&2) { self.0 } else { 0.0 })
+        }
+    }
+    let (lm, prompts) = (table(4, 1), [PROMPT.to_vec()]);
+    let run = |weight| {
+        let controls = TokenControls::new().with(PerRow(Forbid(weight)));
+        Search::beams(256).run(&Task { n: 256, ..task(&lm, &prompts, &controls) }, &mut ())
+    };
+    let expected = all(&lm, &PROMPT, 1.0, &|_, _| {}, &|_| 0.0);
+    let expected: Vec<_> = expected.into_iter().filter(|(ids, _)| !ids.contains(&2)).collect();
+    let found = run(f64::NEG_INFINITY).unwrap();
+    assert_eq!(found.len(), expected.len());
+    assert!(found.iter().zip(&expected).all(|(h, (_, score))| (h.score - score).abs() < 1e-4));
+    for bad in [f64::NAN, f64::INFINITY] {
+        let error = run(bad).unwrap_err();
+        assert!(matches!(error, controlgen_core::Error::NotFinite { .. }), "{error}");
+    }
+}
+
 /// A control without memory: all of its state is worked out anew at each step.
 #[derive(Clone)]
 struct FromScratch<C>(C);
