@@ -284,6 +284,8 @@ pub type WeightMap<'f> = &'f mut dyn FnMut(SiteId, &Tensor) -> Result<Option<Ten
 /// microseconds. It is not `Sync`, because LibTorch's tensors are not. All that changes is in [`State`].
 ///
 /// Whether gradients are recorded is the caller's choice: searches run under `tch::no_grad_guard`, energies do not.
+///
+/// What every implementer keeps is what `testing::contract::language_model` checks.
 pub trait LanguageModel: Send {
     /// Another handle over the same weights and sites.
     fn handle(&self) -> Box<dyn LanguageModel>;

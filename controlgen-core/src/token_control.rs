@@ -35,6 +35,9 @@ pub trait TokenControl: Clone + Send + 'static {
     /// Changes the next token's scores `[B, V]`, f32 and contiguous: unnormalised log-probabilities, −∞ for a token
     /// that is banned. The tensor is the control's to overwrite.
     ///
+    /// A token at −∞ stays there, a finite score becomes a number or −∞, rows have no part in each other, and scoring
+    /// twice is scoring once (`testing::contract::token_control` checks it).
+    ///
     /// # Errors
     /// The control's own.
     fn score(&self, state: &mut Self::State, logits: Tensor) -> Result<Tensor>;

@@ -150,7 +150,7 @@ fn a_keyword_of_one_token_is_as_present_as_enumeration_says() {
             let p = |text: &[usize]| -> f64 {
                 text.iter().enumerate().map(|(t, &token)| pi[(row * len + t) * v + token]).product()
             };
-            let texts = (0..v * v * v).map(|i| [i / (v * v), i / v % v, i % v]);
+            let texts = (0..v * v * v).map(|i| [i.div_euclid(v * v), i.div_euclid(v) % v, i % v]);
             -texts.filter(|text| text.contains(&2)).map(|text| p(&text)).sum::<f64>().ln()
         })
         .collect();

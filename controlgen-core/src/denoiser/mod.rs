@@ -104,6 +104,8 @@ impl Condition {
 /// A model is an owned handle over shared weights, like a [`LanguageModel`](crate::LanguageModel). It keeps no state
 /// between calls, and whether gradients are recorded is the caller's choice. Rows are independent: a batch gives
 /// what its rows give one by one.
+///
+/// What every implementer keeps is what `testing::contract::denoiser` checks.
 pub trait Denoiser: Send {
     /// Another handle over the same weights and sites.
     fn handle(&self) -> Box<dyn Denoiser>;

@@ -192,5 +192,5 @@ fn every_broken_adapter_is_caught() {
         ("merged", MergesTwice),
         ("unmerged", MergesInPlace),
     ];
-    super::all_caught("adapter", broken.map(|(clause, fault)| (clause, check(fault))).into());
+    super::all_caught("adapter", &broken.map(|(clause, fault)| (clause, check(fault))));
 }

@@ -163,9 +163,9 @@ impl Denoiser for Mixer {
         let y = (y.permute([0, 3, 1, 2]) + classes + t).tanh();
         let mut y = pass.hidden(self.out, y, &own)?;
         match fault {
-            Fault::CountsCalls => y = y + self.calls.fetch_add(1, Relaxed) as f64 * 1e-3,
+            Fault::CountsCalls => y = &y + self.calls.fetch_add(1, Relaxed) as f64 * 1e-3,
             Fault::MixesRows => y = &y + y.mean_dim(&[0i64][..], true, None::<Kind>) * 0.1,
-            Fault::ControlsShow if pass.controls.is_some_and(|c: &Controls| !c.is_empty()) => y = y + 1e-9,
+            Fault::ControlsShow if pass.controls.is_some_and(|c: &Controls| !c.is_empty()) => y = &y + 1e-9,
             _ => {}
         }
         let y = if fault == Fault::OwnType { y } else { y.to_kind(kind) };
@@ -225,5 +225,5 @@ fn every_broken_denoiser_is_caught() {
         ("effect", DropsWhatControlsDo),
         ("map_weights", MapsInPlace),
     ];
-    super::all_caught("denoiser", broken.map(|(clause, fault)| (clause, check(fault))).into());
+    super::all_caught("denoiser", &broken.map(|(clause, fault)| (clause, check(fault))));
 }

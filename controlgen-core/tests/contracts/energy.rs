@@ -109,5 +109,5 @@ fn every_broken_energy_is_caught() {
         let check = move || contract::energy(&waves(fault), &Image(x(3)));
         (clause, std::thread::spawn(check).join().unwrap())
     });
-    super::all_caught("energy", caught.into());
+    super::all_caught("energy", &caught);
 }

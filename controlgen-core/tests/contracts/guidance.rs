@@ -88,9 +88,9 @@ impl Guidance for Stage {
         let mut prediction = Prediction::combine(&[(1.0 - scale, u), (scale, out.get(Branch::of(1))?)])?;
         match fault {
             Fault::KnowsEpsilonAlone => {
-                prediction.value = prediction.value * 0.5;
+                prediction.value = &prediction.value * 0.5;
                 if prediction.parameterisation == Parameterisation::Epsilon {
-                    prediction.value = prediction.value * 2.0;
+                    prediction.value = &prediction.value * 2.0;
                 }
             }
             Fault::MixesRows => {
@@ -162,5 +162,5 @@ fn every_broken_stage_is_caught() {
         // One of them leaves gradients off.
         (clause, std::thread::spawn(move || check(fault)).join().unwrap())
     });
-    super::all_caught("guidance", caught.into());
+    super::all_caught("guidance", &caught);
 }

@@ -249,7 +249,7 @@ impl LanguageModel for Broken {
         if fault == Fault::LeavesGradientsOn {
             std::mem::forget(EnableGrad::new());
         }
-        let made = match self.sites() as *const SiteMap == self.lm.sites() as *const SiteMap {
+        let made = match std::ptr::eq(self.sites(), self.lm.sites()) {
             true if fault != Fault::DropsWhatControlsDo => self.lm.forward(input, &mut state, &pass),
             // The hooks are called, and what they give is not used.
             true => {
@@ -282,7 +282,7 @@ impl LanguageModel for Broken {
         memory.len += len;
         let calls = self.calls.fetch_add(1, Relaxed);
         match fault {
-            Fault::CountsCalls => logits = logits + calls as f64 * 1e-12,
+            Fault::CountsCalls => logits = &logits + calls as f64 * 1e-12,
             Fault::LooksAhead if logits.size()[1] > 1 => logits = &logits + logits.narrow(1, -1, 1) * 0.01,
             Fault::LastIsFirst if input.logits == Logits::Last && len > 1 => {
                 let mut state = self.lm.start(Source::Rows(memory.rows), &Pass::default())?;
@@ -290,8 +290,8 @@ impl LanguageModel for Broken {
                 logits = all.logits.narrow(1, 0, 1);
             }
             Fault::MixesRows => logits = &logits + logits.mean_dim(&[0i64][..], true, None::<Kind>) * 0.01,
-            Fault::PositionsDiffer if input.positions.is_some() => logits = logits * 1.01,
-            Fault::ControlsShow if pass.controls.is_some() => logits = logits + 1e-9,
+            Fault::PositionsDiffer if input.positions.is_some() => logits = &logits * 1.01,
+            Fault::ControlsShow if pass.controls.is_some() => logits = &logits + 1e-9,
             _ => {}
         }
         Ok(LmOutput { logits })
@@ -384,5 +384,5 @@ fn every_broken_model_is_caught() {
         let result = std::thread::spawn(move || contract::language_model(&Broken::new(fault))).join();
         (clause, result.unwrap())
     });
-    super::all_caught("language_model", caught.into());
+    super::all_caught("language_model", &caught);
 }

@@ -11,8 +11,8 @@ mod token_control;
 use controlgen_core::testing::contract::{Violation, clauses};
 
 /// Demands that each of these implementers be caught by its clause, and that no clause be without one.
-fn all_caught(contract: &str, broken: Vec<(&'static str, Result<(), Violation>)>) {
-    for (clause, result) in &broken {
+fn all_caught(contract: &str, broken: &[(&'static str, Result<(), Violation>)]) {
+    for (clause, result) in broken {
         match result {
             Ok(()) => panic!("{contract}: what breaks `{clause}` passed"),
             Err(violation) => {

@@ -176,5 +176,5 @@ fn every_broken_control_is_caught() {
         ("finish", FinishByRow),
     ];
     let caught = broken.map(|(clause, fault)| (clause, contract::token_control(&penalty(fault), 9)));
-    super::all_caught("token_control", caught.into());
+    super::all_caught("token_control", &caught);
 }
