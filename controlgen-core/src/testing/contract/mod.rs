@@ -127,7 +127,7 @@ pub fn clauses() -> Vec<(&'static str, Vec<&'static str>)> {
 /// | `hooks` | a pass comes by every declared site, with values of the declared dimensions |
 /// | `identity control` | a control that does nothing at every site changes nothing, to the bit |
 /// | `effect` | what a control changes at a site changes the logits |
-/// | `map_weights` | it offers every linear site's weight; without an answer nothing changes, to the bit; with one the original stays; another shape is refused |
+/// | `map_weights` | it offers every linear site's weight, and after it the bias if there is one; without an answer nothing changes, to the bit; with one the original stays; another shape is refused |
 /// | `failing control` | an error of a control is passed on, and the state is as before |
 /// | `foreign sites` | controls bound to another model are refused |
 /// | `foreign state` | a state of another kind is refused |

@@ -61,7 +61,11 @@ pub fn map_weights(c: &Case<'_>) -> Check {
     let (sites, before) = (c.lm.sites(), c.read(&c.ids)?);
     let (mut offered, mut wrong) = (Vec::new(), None);
     let mut look = |id: SiteId, w: &Tensor| {
-        let expected = sites.get(id).and_then(|site| shape(site.dims));
+        let mut expected = sites.get(id).and_then(|site| shape(site.dims));
+        // After its weight a linear site may offer its bias, `[outputs]`.
+        if w.dim() == 1 && offered.contains(&id) {
+            expected.iter_mut().for_each(|shape| shape.truncate(1));
+        }
         if expected.as_deref() != Some(w.size().as_slice()) && wrong.is_none() {
             wrong = Some((
                 format!("{expected:?} for the weight of site {}", id.index()),
