@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use controlgen_core::layers::{LowRank, add_low_rank};
 use controlgen_core::{
     Adapter, AdapterId, At, Binding, Control, Error, MergedWeights, Part, Result, SiteId, SiteMap,
     copy_parameters, is_recording, part_by_part,
@@ -191,6 +192,10 @@ impl Factors {
         Self { a: self.a.shallow_clone(), b: self.b.shallow_clone(), scale }
     }
 
+    fn low_rank(&self, part: &Slot) -> LowRank<'_> {
+        LowRank { a: &self.a, b: &self.b, scale: part.scale }
+    }
+
     /// s B l, for l = A x `[.., r]`.
     fn up(&self, low: &Tensor) -> Result<Tensor> {
         match &self.scale {
@@ -233,6 +238,11 @@ impl Control for Lora {
     fn linear(&self, at: At<'_>, x: &Tensor, y: Tensor) -> Result<Tensor> {
         let (part, factors) = self.part(at.slot)?;
         on_rows(at.pass, self.id, x, y, |x, y| {
+            if part.place.slice.is_none()
+                && let Some(sum) = add_low_rank(x, &y, &[factors.low_rank(part)])?
+            {
+                return Ok(sum);
+            }
             let low = times(&flat(x)?.f_to_kind(Kind::Float)?, &factors.a)?; // (.., r)
             let change = factors.up(&low)?; // (.., outputs)
             match part.place.slice {
@@ -248,6 +258,14 @@ impl Control for Lora {
     fn linear_parts(&self, parts: &[Part<'_>], x: &Tensor, y: Tensor) -> Result<Tensor> {
         let Some(a) = self.stacked_a(parts, &y)? else { return part_by_part(self, parts, x, y) };
         on_rows(parts[0].at.pass, self.id, x, y, |x, y| {
+            let of_part = |part: &Part<'_>| {
+                let (slot, factors) = self.part(part.at.slot)?;
+                Ok(factors.low_rank(slot))
+            };
+            let low_rank = parts.iter().map(of_part).collect::<Result<Vec<_>>>()?;
+            if let Some(sum) = add_low_rank(x, &y, &low_rank)? {
+                return Ok(sum);
+            }
             let low = times(&flat(x)?.f_to_kind(Kind::Float)?, &a)?; // (.., Σ r)
             let mut row = 0;
             let mut changes = Vec::with_capacity(parts.len());

@@ -11,4 +11,5 @@ pub use activation::Activation;
 pub use embedding::Embedding;
 pub use linear::Linear;
 pub use norm::{LayerNorm, RmsNorm};
+pub use product::{LowRank, add_low_rank};
 pub use rotary::{Rotary, RotaryScaling, Rotations};

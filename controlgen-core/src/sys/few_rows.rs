@@ -23,12 +23,15 @@ pub(crate) fn few_rows(
 pub(crate) use x86::few_rows;
 
 #[cfg(all(target_arch = "x86_64", unix, optimised, not(debug_assertions)))]
-mod x86 {
+pub(super) mod x86 {
     use std::arch::is_x86_feature_detected;
     use std::arch::x86_64::{
-        __m256, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehdup_ps, _mm_movehl_ps,
-        _mm256_add_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32,
-        _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_slli_epi32,
+        __m256, _CMP_UNORD_Q, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehdup_ps,
+        _mm_movehl_ps, _mm_packus_epi32, _mm_storeu_si128, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256,
+        _mm256_blendv_epi8, _mm256_castps_si256, _mm256_castps256_ps128, _mm256_castsi256_ps,
+        _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cvtepu16_epi32, _mm256_extractf128_ps,
+        _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_or_si256, _mm256_set1_epi32,
+        _mm256_setzero_ps, _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps,
     };
     use std::ffi::c_void;
     use std::sync::OnceLock;
@@ -38,7 +41,7 @@ mod x86 {
     use crate::Result;
 
     /// How many numbers a vector holds.
-    const LANES: usize = 8;
+    pub(in crate::sys) const LANES: usize = 8;
     /// A thread has at least so many weights to read: less is not worth waking it.
     const GRAIN: usize = 1 << 15;
 
@@ -151,9 +154,11 @@ mod x86 {
     }
 
     /// What a weight is made of.
-    trait Element: Copy {
+    pub(in crate::sys) trait Element: Copy {
         /// Eight of them as f32.
         unsafe fn load(from: *const Self) -> __m256;
+        /// Eight of them, as [`Self::from_f32`] makes them.
+        unsafe fn store(to: *mut Self, values: __m256);
         fn to_f32(self) -> f32;
         /// Rounds to the nearest, ties to even.
         fn from_f32(value: f32) -> Self;
@@ -165,6 +170,12 @@ mod x86 {
         unsafe fn load(from: *const Self) -> __m256 {
             // SAFETY: the caller has eight numbers there.
             unsafe { _mm256_loadu_ps(from) }
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn store(to: *mut Self, values: __m256) {
+            // SAFETY: the caller has room for eight numbers there.
+            unsafe { _mm256_storeu_ps(to, values) }
         }
         fn to_f32(self) -> f32 {
             self
@@ -182,6 +193,21 @@ mod x86 {
             // SAFETY: the caller has eight numbers there.
             let bits = unsafe { _mm_loadu_si128(from.cast()) };
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)))
+        }
+        #[inline]
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn store(to: *mut Self, values: __m256) {
+            let bits = _mm256_castps_si256(values);
+            // Half of the last bit that stays, and that bit itself where only half is left: ties to even.
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(values, values));
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+            let upper = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan));
+            let packed =
+                _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256::<1>(upper));
+            // SAFETY: the caller has room for eight numbers there.
+            unsafe { _mm_storeu_si128(to.cast(), packed) }
         }
         fn to_f32(self) -> f32 {
             half::bf16::from_bits(self).to_f32()
@@ -262,7 +288,7 @@ mod x86 {
     /// The sum of a vector's numbers.
     #[inline]
     #[target_feature(enable = "avx2,fma")]
-    fn add_up(v: __m256) -> f32 {
+    pub(in crate::sys) fn add_up(v: __m256) -> f32 {
         let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
         let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
@@ -286,6 +312,23 @@ mod x86 {
                     let some = few_rows(&x.narrow(0, 9 - n, n), &w, None).unwrap().unwrap();
                     assert!(some.equal(&all.narrow(0, 9 - n, n)), "{kind:?}, {n} rows");
                 }
+            }
+        }
+
+        #[test]
+        fn eight_are_rounded_as_one_is() {
+            if !is_x86_feature_detected!("avx2") {
+                return;
+            }
+            let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, f32::MAX, f32::MIN_POSITIVE, 1e-40];
+            let bits = (0..80_000u32).map(|i| f32::from_bits(i.wrapping_mul(53_687)));
+            let ties = (0..512u32).map(|i| f32::from_bits(0x3f80_8000 + (i << 15)));
+            let values: Vec<f32> = odd.into_iter().chain(bits).chain(ties).collect();
+            for eight in values.chunks_exact(8) {
+                let mut found = [0u16; 8];
+                // SAFETY: there are eight, and the processor has AVX2.
+                unsafe { u16::store(found.as_mut_ptr(), _mm256_loadu_ps(eight.as_ptr())) };
+                assert_eq!(found.as_slice(), eight.iter().map(|&v| u16::from_f32(v)).collect::<Vec<_>>());
             }
         }
 

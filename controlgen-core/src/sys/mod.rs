@@ -6,6 +6,7 @@ mod blob;
 mod cuda;
 mod few_rows;
 mod grad;
+mod low_rank;
 mod mmap;
 
 pub(crate) use blob::copy_from_bytes;
@@ -14,4 +15,6 @@ pub(crate) use blob::copy_from_floats;
 pub(crate) use cuda::open_cuda;
 pub(crate) use few_rows::few_rows;
 pub(crate) use grad::is_recording;
+pub use low_rank::LowRank;
+pub(crate) use low_rank::low_rank;
 pub(crate) use mmap::Map;
