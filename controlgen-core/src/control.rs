@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tch::Tensor;
 
 use crate::pass::Pass;
-use crate::{Attn, Error, Lanes, Result, Rows, SiteId, SiteMap};
+use crate::{Attn, Error, Lanes, Result, Rows, SiteId, SiteMap, is_recording};
 
 /// Where a hook is called: the site, the slot that the control gave it when it was bound, and the pass.
 #[derive(Clone, Copy)]
@@ -121,7 +121,7 @@ pub fn part_by_part<C: Control + ?Sized>(
     y: Tensor,
 ) -> Result<Tensor> {
     let (mut end, mut changed, mut out) = (0, false, Vec::with_capacity(2 * parts.len() + 1));
-    for slots in parts.chunk_by(|a, b| a.start == b.start) {
+    for slots in parts.chunk_by(|a, b| (a.start, a.len) == (b.start, b.len)) {
         let Part { start, len, .. } = slots[0];
         if start > end {
             out.push(y.f_narrow(-1, end, start - end)?);
@@ -132,7 +132,9 @@ pub fn part_by_part<C: Control + ?Sized>(
         for slot in slots {
             part = control.linear(slot.at, x, part)?;
         }
-        changed |= !same_view(&part, &view);
+        // What stops or starts a gradient is a change, though no number is.
+        let graph = part.requires_grad() || view.requires_grad();
+        changed |= !same_view(&part, &view)? || (graph && is_recording());
         out.push(part);
     }
     if !changed {
@@ -146,8 +148,9 @@ pub fn part_by_part<C: Control + ?Sized>(
 }
 
 /// Whether two tensors are the same elements of the same storage.
-fn same_view(a: &Tensor, b: &Tensor) -> bool {
-    a.data_ptr() == b.data_ptr() && a.size() == b.size() && a.stride() == b.stride()
+fn same_view(a: &Tensor, b: &Tensor) -> Result<bool> {
+    let alike = a.size() == b.size() && a.stride() == b.stride() && a.f_kind()? == b.f_kind()?;
+    Ok(alike && a.device() == b.device() && a.data_ptr() == b.data_ptr())
 }
 
 /// How many positions controls put before the first token.

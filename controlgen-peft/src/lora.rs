@@ -153,9 +153,11 @@ impl Lora {
         }
         let (mut rows, mut end) = (0, 0);
         for (part, number) in parts.iter().zip(parts[0].at.slot..) {
-            let (slot, _) = self.part(part.at.slot)?;
+            let (slot, factors) = self.part(part.at.slot)?;
             let next = (part.at.slot, part.start, slot.stack) == (number, end, *stack);
-            if !next || slot.place.slice.is_some() {
+            // An A that was given other storage (`set_data`) is no longer in its stack.
+            let place = self.stacks[*stack].f_narrow(0, slot.row, slot.rank)?;
+            if !next || slot.place.slice.is_some() || factors.a.data_ptr() != place.data_ptr() {
                 return Ok(None);
             }
             (rows, end) = (rows + slot.rank, end + part.len);

@@ -227,6 +227,31 @@ mod tests {
         }
     }
 
+    /// Stops the gradient.
+    struct Stop;
+    impl Control for Stop {
+        fn handle(&self) -> Box<dyn Control> {
+            Box::new(Self)
+        }
+        fn bind(&self, sites: &SiteMap, to: &mut Binding<'_>) -> Result<()> {
+            sites.of_kind(SiteKind::Linear).for_each(|(s, _)| to.at(s, 0));
+            Ok(())
+        }
+        fn linear(&self, _: At<'_>, _x: &Tensor, y: Tensor) -> Result<Tensor> {
+            Ok(y.f_detach()?)
+        }
+    }
+
+    #[test]
+    fn a_control_can_stop_the_gradient_of_a_part() {
+        let (sites, layer) = fused();
+        let x = Tensor::arange(8, FLOAT_CPU).view([2, 4]).set_requires_grad(true);
+        let controls = Controls::bind(&sites, vec![Box::new(Stop)]).unwrap();
+        let y = layer.forward(&x, &Pass::with_controls(&controls)).unwrap();
+        assert!(!y.requires_grad());
+        assert!(layer.forward(&x, &Pass::default()).unwrap().requires_grad());
+    }
+
     #[test]
     fn parts_that_no_control_changed_are_not_copied() {
         let (sites, layer) = fused();

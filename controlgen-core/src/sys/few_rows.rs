@@ -5,7 +5,7 @@
 //! processors that are not Intel's and leaves a single row to one thread; oneDNN wants bf16 in a layout of its own.
 //! These kernels read the plain matrix once, on the threads of LibTorch's own OpenMP team, so that no second pool of
 //! threads competes with it. Where the processor or the team is missing, nothing is done and LibTorch multiplies; so too
-//! in builds that are not optimised, in which these kernels would be the slower ones.
+//! in builds that are not optimised or have debug assertions, in which these kernels would be the slower ones.
 
 /// x Wᵀ + b: x `[.., inputs]` and W `[outputs, inputs]`, both f32 or both bf16, on the CPU, contiguous, without
 /// gradients. Sums are in f32, in the same order for a row whatever other rows there are. `None` where this machine has
@@ -36,7 +36,7 @@ pub(super) mod x86 {
     use std::ffi::c_void;
     use std::sync::OnceLock;
 
-    use tch::{Kind, Tensor};
+    use tch::{Device, Kind, Tensor};
 
     use crate::Result;
 
@@ -48,6 +48,9 @@ pub(super) mod x86 {
     /// x Wᵀ + b; see the parent module.
     pub(crate) fn few_rows(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
         let Some(team) = team() else { return Ok(None) };
+        if [Some(x), Some(weight), bias].into_iter().flatten().any(|t| !plain(t)) {
+            return Ok(None);
+        }
         let (outputs, inputs) = weight.size2()?;
         let kind = weight.f_kind()?;
         let mut shape = x.size();
@@ -75,10 +78,15 @@ pub(super) mod x86 {
             inputs,
             outputs,
             bf16: kind == Kind::BFloat16,
+            threads: (inputs * outputs).div_euclid(GRAIN).max(1),
         };
-        let threads = usize::try_from(tch::get_num_threads()).unwrap_or(1);
-        team.run(&task, threads.min((inputs * outputs).div_euclid(GRAIN)).max(1));
+        team.run(&task);
         Ok(Some(y))
+    }
+
+    /// Whether a tensor is numbers in memory: on the CPU, and not a view that stands for their negatives.
+    pub(in crate::sys) fn plain(t: &Tensor) -> bool {
+        t.device() == Device::Cpu && !t.is_neg() && !t.is_sparse() && !t.is_mkldnn()
     }
 
     /// A product, as its threads see it. The tensors outlive it: `few_rows` holds them until every thread is done.
@@ -95,9 +103,12 @@ pub(super) mod x86 {
         inputs: usize,
         outputs: usize,
         bf16: bool,
+        /// The most threads that are worth waking.
+        threads: usize,
     }
 
-    /// The OpenMP runtime that LibTorch itself runs on.
+    /// The OpenMP runtime that LibTorch itself runs on, in a program that LibTorch is linked to. In a plug-in whose
+    /// symbols are its own, none is found, or the program's.
     struct Team {
         parallel: unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, u32, u32),
         thread: unsafe extern "C" fn() -> i32,
@@ -126,16 +137,18 @@ pub(super) mod x86 {
     }
 
     impl Team {
-        /// Runs the task on so many threads, this one among them, and waits for all.
-        fn run(&self, task: &Task, threads: usize) {
-            if threads == 1 {
+        /// Runs the task on the team, this thread among it, and waits for all.
+        ///
+        /// The team is always the whole one, of which some may have nothing to do: GNU's runtime ends the threads that
+        /// a smaller team leaves over, and makes new ones for the next larger one.
+        fn run(&self, task: &Task) {
+            if task.threads == 1 || tch::get_num_threads() == 1 {
                 // SAFETY: `few_rows` has checked all sizes, and the processor has the instructions.
                 return unsafe { task.outputs(0, task.outputs) };
             }
             let mut shared = (self, task);
-            let threads = u32::try_from(threads).unwrap_or(u32::MAX);
             // SAFETY: `part` reads `shared`, which outlives the call, as that returns when every thread is done.
-            unsafe { (self.parallel)(part, (&raw mut shared).cast(), threads, 0) }
+            unsafe { (self.parallel)(part, (&raw mut shared).cast(), 0, 0) }
         }
     }
 
@@ -145,7 +158,7 @@ pub(super) mod x86 {
         // outputs of its own.
         unsafe {
             let &(team, task) = &*shared.cast_const().cast::<(&Team, &Task)>();
-            let count = usize::try_from((team.threads)()).unwrap_or(1).max(1);
+            let count = usize::try_from((team.threads)()).unwrap_or(1).clamp(1, task.threads);
             let this = usize::try_from((team.thread)()).unwrap_or(0);
             let share = task.outputs.div_ceil(count);
             let from = (this * share).min(task.outputs);

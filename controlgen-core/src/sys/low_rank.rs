@@ -1,8 +1,8 @@
 //! Changes of low rank to a product of few rows, in one pass.
 //!
 //! Two products with a rank of eight are a few thousand multiplications: less than LibTorch takes to find out which
-//! function to call, twice, and to convert types in between. Here a row of x goes through A and B while it is in the
-//! cache. See `few_rows` for where there is a kernel.
+//! function to call, twice, and to convert types in between. Here a row of x goes through A and B on one thread. More
+//! work than that is LibTorch's.
 
 use tch::Tensor;
 
@@ -37,7 +37,12 @@ mod x86 {
 
     use super::LowRank;
     use crate::Result;
-    use crate::sys::few_rows::x86::{Element, LANES, add_up};
+    use crate::sys::few_rows::x86::{Element, LANES, add_up, plain};
+
+    /// Up to so many multiplications one thread is faster than two calls of LibTorch.
+    const MOST: usize = 1 << 21;
+    /// How many vectors of outputs are summed at once: B is read along its rows.
+    const BLOCK: usize = 8;
 
     /// A part, as the kernel sees it.
     struct Part {
@@ -53,6 +58,10 @@ mod x86 {
     /// y + s B A x; see the parent module.
     pub(crate) fn low_rank(x: &Tensor, y: &Tensor, parts: &[LowRank<'_>]) -> Result<Option<Tensor>> {
         if !is_x86_feature_detected!("avx2") || !is_x86_feature_detected!("fma") {
+            return Ok(None);
+        }
+        let tensors = parts.iter().flat_map(|part| [part.a, part.b]).chain([x, y]);
+        if tensors.into_iter().any(|t| !plain(t)) {
             return Ok(None);
         }
         let kind = y.f_kind()?;
@@ -82,7 +91,8 @@ mod x86 {
             return Ok(None);
         }
         let rows = y.numel().div_euclid(outputs);
-        if x.numel() != rows * inputs {
+        let work: usize = seen.iter().map(|part| rows * part.rank * (inputs + part.outputs)).sum();
+        if x.numel() != rows * inputs || work > MOST {
             return Ok(None);
         }
         let (x, y) = (x.f_contiguous()?, y.f_contiguous()?);
@@ -133,9 +143,25 @@ mod x86 {
                 (0..part.rank).map(|j| unsafe { part.scale * dot(part.a.add(j * inputs), x, inputs) }),
             );
             let whole = part.outputs - part.outputs % LANES;
+            let blocks = part.outputs - part.outputs % (BLOCK * LANES);
             // SAFETY: every index is below the part's outputs, and below its rank.
             unsafe {
-                for o in (0..whole).step_by(LANES) {
+                for o in (0..blocks).step_by(BLOCK * LANES) {
+                    let mut sums = [_mm256_setzero_ps(); BLOCK];
+                    for (i, sum) in sums.iter_mut().enumerate() {
+                        *sum = E::load(y.add(start + o + i * LANES));
+                    }
+                    for (j, &low) in low.iter().enumerate() {
+                        let (b, low) = (part.b.add(j * part.outputs + o), _mm256_set1_ps(low));
+                        for (i, sum) in sums.iter_mut().enumerate() {
+                            *sum = _mm256_fmadd_ps(_mm256_loadu_ps(b.add(i * LANES)), low, *sum);
+                        }
+                    }
+                    for (i, &sum) in sums.iter().enumerate() {
+                        E::store(new.add(start + o + i * LANES), sum);
+                    }
+                }
+                for o in (blocks..whole).step_by(LANES) {
                     let mut sum = E::load(y.add(start + o));
                     for (j, &low) in low.iter().enumerate() {
                         let b = _mm256_loadu_ps(part.b.add(j * part.outputs + o));
