@@ -145,27 +145,38 @@ impl Lora {
         Ok(moved)
     }
 
-    /// A of several parts below each other, if they can be done together: without gradients, and all of the product.
-    fn stacked_a(&self, parts: &[Part<'_>], y: &Tensor) -> Result<Option<Tensor>> {
-        let (Slot { stack, row, .. }, _) = self.part(parts[0].at.slot)?;
+    /// Whether several parts can be done together: without gradients, all of the product, and whole sites whose A's are
+    /// below each other.
+    fn together(&self, parts: &[Part<'_>], y: &Tensor) -> Result<bool> {
         if is_recording() {
-            return Ok(None);
+            return Ok(false);
         }
-        let (mut rows, mut end) = (0, 0);
+        let stack = self.part(parts[0].at.slot)?.0.stack;
+        let mut end = 0;
         for (part, number) in parts.iter().zip(parts[0].at.slot..) {
-            let (slot, factors) = self.part(part.at.slot)?;
-            let next = (part.at.slot, part.start, slot.stack) == (number, end, *stack);
-            // An A that was given other storage (`set_data`) is no longer in its stack.
-            let place = self.stacks[*stack].f_narrow(0, slot.row, slot.rank)?;
-            if !next || slot.place.slice.is_some() || factors.a.data_ptr() != place.data_ptr() {
-                return Ok(None);
+            let (slot, _) = self.part(part.at.slot)?;
+            let next = (part.at.slot, part.start, slot.stack) == (number, end, stack);
+            if !next || slot.place.slice.is_some() {
+                return Ok(false);
             }
-            (rows, end) = (rows + slot.rank, end + part.len);
+            end += part.len;
         }
-        if y.size().last() != Some(&end) {
-            return Ok(None);
+        Ok(y.size().last() == Some(&end))
+    }
+
+    /// The A's of parts that can be done together, one below the other: of their stack, unless one was given storage of
+    /// its own (`set_data`).
+    fn stacked_a(&self, parts: &[Part<'_>]) -> Result<Tensor> {
+        let Slot { stack, row, .. } = self.part(parts[0].at.slot)?.0;
+        let (mut rows, mut in_place, mut all) = (0, true, Vec::with_capacity(parts.len()));
+        for part in parts {
+            let (slot, Factors { a, .. }) = self.part(part.at.slot)?;
+            let place = self.stacks[*stack].f_narrow(0, slot.row, slot.rank)?;
+            in_place &= a.data_ptr() == place.data_ptr();
+            rows += slot.rank;
+            all.push(a);
         }
-        Ok(Some(self.stacks[*stack].f_narrow(0, *row, rows)?))
+        Ok(if in_place { self.stacks[*stack].f_narrow(0, *row, rows)? } else { Tensor::f_cat(&all, 0)? })
     }
 
     fn part(&self, slot: usize) -> Result<(&Slot, &Factors)> {
@@ -258,7 +269,9 @@ impl Control for Lora {
     }
 
     fn linear_parts(&self, parts: &[Part<'_>], x: &Tensor, y: Tensor) -> Result<Tensor> {
-        let Some(a) = self.stacked_a(parts, &y)? else { return part_by_part(self, parts, x, y) };
+        if !self.together(parts, &y)? {
+            return part_by_part(self, parts, x, y);
+        }
         on_rows(parts[0].at.pass, self.id, x, y, |x, y| {
             let of_part = |part: &Part<'_>| {
                 let (slot, factors) = self.part(part.at.slot)?;
@@ -268,7 +281,7 @@ impl Control for Lora {
             if let Some(sum) = add_low_rank(x, &y, &low_rank)? {
                 return Ok(sum);
             }
-            let low = times(&flat(x)?.f_to_kind(Kind::Float)?, &a)?; // (.., Σ r)
+            let low = times(&flat(x)?.f_to_kind(Kind::Float)?, &self.stacked_a(parts)?)?; // (.., Σ r)
             let mut row = 0;
             let mut changes = Vec::with_capacity(parts.len());
             for part in parts {

@@ -84,6 +84,11 @@ pub(super) mod x86 {
         Ok(Some(y))
     }
 
+    /// Whether the processor has the instructions.
+    pub(in crate::sys) fn supported() -> bool {
+        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+    }
+
     /// Whether a tensor is numbers in memory: on the CPU, and not a view that stands for their negatives.
     pub(in crate::sys) fn plain(t: &Tensor) -> bool {
         t.device() == Device::Cpu && !t.is_neg() && !t.is_sparse() && !t.is_mkldnn()
@@ -119,7 +124,7 @@ pub(super) mod x86 {
     fn team() -> Option<&'static Team> {
         static FOUND: OnceLock<Option<Team>> = OnceLock::new();
         let find = || {
-            if !is_x86_feature_detected!("avx2") || !is_x86_feature_detected!("fma") {
+            if !supported() {
                 return None;
             }
             let this = libloading::os::unix::Library::this();
@@ -268,26 +273,11 @@ pub(super) mod x86 {
         #[inline]
         #[target_feature(enable = "avx2,fma")]
         unsafe fn dot<E: Element, const ROWS: usize>(&self, output: usize, row: usize) -> usize {
-            let inputs = self.inputs;
-            let whole = inputs - inputs % (2 * LANES);
-            // SAFETY: every index is below `inputs`, of an output and rows that exist.
+            // SAFETY: the output and the rows exist, and all have `inputs` numbers.
             unsafe {
-                let weight = self.weight.cast::<E>().add(output * inputs);
-                let x = self.x.add(row * inputs);
-                let mut sums = [[_mm256_setzero_ps(); 2]; ROWS];
-                for i in (0..whole).step_by(2 * LANES) {
-                    let w = [E::load(weight.add(i)), E::load(weight.add(i + LANES))];
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        let x = x.add(r * inputs + i);
-                        sums[0] = _mm256_fmadd_ps(w[0], _mm256_loadu_ps(x), sums[0]);
-                        sums[1] = _mm256_fmadd_ps(w[1], _mm256_loadu_ps(x.add(LANES)), sums[1]);
-                    }
-                }
-                for (r, sums) in sums.iter().enumerate() {
-                    let mut sum = add_up(_mm256_add_ps(sums[0], sums[1]));
-                    for i in whole..inputs {
-                        sum = (*weight.add(i)).to_f32().mul_add(*x.add(r * inputs + i), sum);
-                    }
+                let weight = self.weight.cast::<E>().add(output * self.inputs);
+                let sums = dots::<E, ROWS>(weight, self.x.add(row * self.inputs), self.inputs);
+                for (r, mut sum) in sums.into_iter().enumerate() {
                     if !self.bias.is_null() {
                         sum += *self.bias.add(output);
                     }
@@ -296,6 +286,37 @@ pub(super) mod x86 {
             }
             ROWS
         }
+    }
+
+    /// The sums of the products of `n` weights with each of `ROWS` rows of x, in the same order for each.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    pub(in crate::sys) unsafe fn dots<E: Element, const ROWS: usize>(
+        weight: *const E,
+        x: *const f32,
+        n: usize,
+    ) -> [f32; ROWS] {
+        let whole = n - n % (2 * LANES);
+        let mut sums = [[_mm256_setzero_ps(); 2]; ROWS];
+        let mut found = [0f32; ROWS];
+        // SAFETY: the caller has n weights and ROWS rows of n numbers.
+        unsafe {
+            for i in (0..whole).step_by(2 * LANES) {
+                let w = [E::load(weight.add(i)), E::load(weight.add(i + LANES))];
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let x = x.add(r * n + i);
+                    sums[0] = _mm256_fmadd_ps(w[0], _mm256_loadu_ps(x), sums[0]);
+                    sums[1] = _mm256_fmadd_ps(w[1], _mm256_loadu_ps(x.add(LANES)), sums[1]);
+                }
+            }
+            for (r, (found, sums)) in found.iter_mut().zip(&sums).enumerate() {
+                *found = add_up(_mm256_add_ps(sums[0], sums[1]));
+                for i in whole..n {
+                    *found = (*weight.add(i)).to_f32().mul_add(*x.add(r * n + i), *found);
+                }
+            }
+        }
+        found
     }
 
     /// The sum of a vector's numbers.

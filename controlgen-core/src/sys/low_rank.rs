@@ -28,16 +28,15 @@ pub(crate) use x86::low_rank;
 
 #[cfg(all(target_arch = "x86_64", unix, optimised, not(debug_assertions)))]
 mod x86 {
-    use std::arch::is_x86_feature_detected;
     use std::arch::x86_64::{
-        _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
+        _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
     };
 
     use tch::{Kind, Tensor};
 
     use super::LowRank;
     use crate::Result;
-    use crate::sys::few_rows::x86::{Element, LANES, add_up, plain};
+    use crate::sys::few_rows::x86::{Element, LANES, dots, plain, supported};
 
     /// Up to so many multiplications one thread is faster than two calls of LibTorch.
     const MOST: usize = 1 << 21;
@@ -57,7 +56,7 @@ mod x86 {
 
     /// y + s B A x; see the parent module.
     pub(crate) fn low_rank(x: &Tensor, y: &Tensor, parts: &[LowRank<'_>]) -> Result<Option<Tensor>> {
-        if !is_x86_feature_detected!("avx2") || !is_x86_feature_detected!("fma") {
+        if !supported() {
             return Ok(None);
         }
         let tensors = parts.iter().flat_map(|part| [part.a, part.b]).chain([x, y]);
@@ -140,34 +139,18 @@ mod x86 {
             low.clear();
             // SAFETY: A has `rank` rows of `inputs` numbers.
             low.extend(
-                (0..part.rank).map(|j| unsafe { part.scale * dot(part.a.add(j * inputs), x, inputs) }),
+                (0..part.rank)
+                    .map(|j| unsafe { part.scale * dots::<f32, 1>(part.a.add(j * inputs), x, inputs)[0] }),
             );
             let whole = part.outputs - part.outputs % LANES;
             let blocks = part.outputs - part.outputs % (BLOCK * LANES);
             // SAFETY: every index is below the part's outputs, and below its rank.
             unsafe {
                 for o in (0..blocks).step_by(BLOCK * LANES) {
-                    let mut sums = [_mm256_setzero_ps(); BLOCK];
-                    for (i, sum) in sums.iter_mut().enumerate() {
-                        *sum = E::load(y.add(start + o + i * LANES));
-                    }
-                    for (j, &low) in low.iter().enumerate() {
-                        let (b, low) = (part.b.add(j * part.outputs + o), _mm256_set1_ps(low));
-                        for (i, sum) in sums.iter_mut().enumerate() {
-                            *sum = _mm256_fmadd_ps(_mm256_loadu_ps(b.add(i * LANES)), low, *sum);
-                        }
-                    }
-                    for (i, &sum) in sums.iter().enumerate() {
-                        E::store(new.add(start + o + i * LANES), sum);
-                    }
+                    part.add::<E, BLOCK>(&low, y.add(start + o), new.add(start + o), o);
                 }
                 for o in (blocks..whole).step_by(LANES) {
-                    let mut sum = E::load(y.add(start + o));
-                    for (j, &low) in low.iter().enumerate() {
-                        let b = _mm256_loadu_ps(part.b.add(j * part.outputs + o));
-                        sum = _mm256_fmadd_ps(b, _mm256_set1_ps(low), sum);
-                    }
-                    E::store(new.add(start + o), sum);
+                    part.add::<E, 1>(&low, y.add(start + o), new.add(start + o), o);
                 }
                 for o in whole..part.outputs {
                     let mut sum = (*y.add(start + o)).to_f32();
@@ -181,22 +164,30 @@ mod x86 {
         }
     }
 
-    /// The sum of the products of n numbers.
-    #[inline]
-    #[target_feature(enable = "avx2,fma")]
-    unsafe fn dot(a: *const f32, x: *const f32, n: usize) -> f32 {
-        let whole = n - n % (2 * LANES);
-        let mut sums = [_mm256_setzero_ps(); 2];
-        // SAFETY: every index is below n.
-        unsafe {
-            for i in (0..whole).step_by(2 * LANES) {
-                for (half, sum) in sums.iter_mut().enumerate() {
-                    let at = i + half * LANES;
-                    *sum = _mm256_fmadd_ps(_mm256_loadu_ps(a.add(at)), _mm256_loadu_ps(x.add(at)), *sum);
+    impl Part {
+        /// y + B l for `N` vectors of outputs, from output `o` on.
+        ///
+        /// # Safety
+        /// So many outputs are left, of this part and at `y` and `new`; the processor has AVX2 and FMA.
+        #[inline]
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn add<E: Element, const N: usize>(&self, low: &[f32], y: *const E, new: *mut E, o: usize) {
+            let mut sums = [_mm256_setzero_ps(); N];
+            // SAFETY: as above.
+            unsafe {
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    *sum = E::load(y.add(i * LANES));
+                }
+                for (j, &low) in low.iter().enumerate() {
+                    let (b, low) = (self.b.add(j * self.outputs + o), _mm256_set1_ps(low));
+                    for (i, sum) in sums.iter_mut().enumerate() {
+                        *sum = _mm256_fmadd_ps(_mm256_loadu_ps(b.add(i * LANES)), low, *sum);
+                    }
+                }
+                for (i, &sum) in sums.iter().enumerate() {
+                    E::store(new.add(i * LANES), sum);
                 }
             }
-            let sum = add_up(_mm256_add_ps(sums[0], sums[1]));
-            (whole..n).fold(sum, |sum, i| (*a.add(i)).mul_add(*x.add(i), sum))
         }
     }
 }
