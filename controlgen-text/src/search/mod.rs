@@ -3,7 +3,10 @@
 mod beam;
 mod beams;
 mod diverse_beam;
+mod energies;
+mod resampling;
 mod sampling;
+mod smc;
 
 use controlgen_core::progress::Flow;
 use controlgen_core::{
@@ -16,6 +19,7 @@ use crate::controls::in_vocabulary;
 pub use beam::{BeamSearch, EarlyStopping, beam_search};
 pub use diverse_beam::{DiverseBeamSearch, diverse_beam_search};
 pub use sampling::{Choice, sampling};
+pub use smc::{Particles, Smc, smc};
 
 /// What every search is given.
 pub struct Task<'a> {
