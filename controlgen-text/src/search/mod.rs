@@ -16,10 +16,37 @@ use tch::{Kind, Tensor};
 
 use crate::controls::in_vocabulary;
 
-pub use beam::{BeamSearch, EarlyStopping, beam_search};
-pub use diverse_beam::{DiverseBeamSearch, diverse_beam_search};
-pub use sampling::{Choice, sampling};
-pub use smc::{Particles, Smc, smc};
+pub use beam::{BeamSearch, EarlyStopping};
+pub use diverse_beam::DiverseBeamSearch;
+pub use sampling::Choice;
+pub use smc::{Particles, Smc};
+
+/// A way to find completions. Its settings are the value; a run changes nothing in it.
+pub trait Search {
+    /// Completes each prompt, and tells the listener of the tokens that it weighs.
+    ///
+    /// # Errors
+    /// [`Error::Value`], [`Error::Context`] for what cannot be run; [`Error::AllBanned`] where the controls leave
+    /// nothing; [`Error::NotFinite`] for NaN logits; the model's, the controls' and the listener's.
+    fn run(&self, task: &Task<'_>, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>>;
+
+    /// Whether a token that the listener was told of may be taken back. If not, the listener has one row a completion,
+    /// prompt by prompt and sample by sample, and text can be given out as it comes; else [`Listener::reorder`] says
+    /// what its rows are.
+    fn takes_back(&self) -> bool {
+        true
+    }
+}
+
+impl<S: Search + ?Sized> Search for Box<S> {
+    fn run(&self, task: &Task<'_>, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
+        (**self).run(task, listener)
+    }
+
+    fn takes_back(&self) -> bool {
+        (**self).takes_back()
+    }
+}
 
 /// What every search is given.
 pub struct Task<'a> {
@@ -113,6 +140,16 @@ pub struct Hypothesis {
     pub score: f64,
     /// Why it ended.
     pub finish: Finish,
+    /// The clauses that the search was to meet and this does not, by number; none in a search without clauses.
+    pub unmet: Vec<usize>,
+}
+
+impl Hypothesis {
+    /// Nothing said yet.
+    fn empty(prompt: usize, sample: usize) -> Self {
+        let (ids, logprobs, unmet) = (Vec::new(), Vec::new(), Vec::new());
+        Self { prompt, sample, ids, logprobs, score: 0.0, finish: Finish::Length, unmet }
+    }
 }
 
 /// A token was chosen.
@@ -149,8 +186,8 @@ pub trait Listener {
 
     /// Makes row `i` what row `rows[i]` was. A listener begins with one row a prompt, and forks a row for each token
     /// that a search weighs, before it is told of it; rows that are not among the next ones are lost, and so is the
-    /// text of the tokens that they were told of. Sampling, which takes nothing back, has one row a completion
-    /// instead and never calls this.
+    /// text of the tokens that they were told of. A search that takes nothing back has one row a completion instead
+    /// and never calls this.
     ///
     /// # Errors
     /// The listener's own; they end the run.

@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 
 use super::energies::energies_of;
 use super::resampling::{effective_sample_size, log_sum_exp, systematic};
-use super::{After, Chosen, Finish, Hypothesis, Listener, Live, Task, rows_of};
+use super::{After, Chosen, Finish, Hypothesis, Listener, Live, Search, Task, rows_of};
 use crate::controls::to_vec;
 use crate::sample;
 
@@ -170,6 +170,23 @@ impl Smc {
     }
 }
 
+/// Completes each prompt with `task.n` draws from its particles, by their weights, each by itself. The errors are those of
+/// [`Smc::particles`].
+impl Search for Smc {
+    fn run(&self, task: &Task<'_>, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
+        let mut completions = Vec::with_capacity(task.prompts.len() * task.n);
+        for found in self.particles(task, listener)? {
+            let mut stream = Stream::new(self.seed, DRAWING);
+            for sample in 0..task.n {
+                for at in systematic(&found.log_weights, stream.uniform(), 1) {
+                    completions.push(Hypothesis { sample, ..found.hypotheses[at].clone() });
+                }
+            }
+        }
+        Ok(completions)
+    }
+}
+
 /// The particles of one prompt.
 #[derive(Clone, Debug)]
 pub struct Particles {
@@ -226,8 +243,7 @@ impl<'s> Swarm<'s> {
         let (n, seed) = (settings.num_particles, settings.seed);
         let places = || (0..task.prompts.len()).flat_map(|prompt| (0..n).map(move |sample| (prompt, sample)));
         let particle = |(row, (prompt, sample))| {
-            let (ids, logprobs, finish) = (Vec::new(), Vec::new(), Finish::Length);
-            let so_far = Hypothesis { prompt, sample, ids, logprobs, score: 0.0, finish };
+            let so_far = Hypothesis::empty(prompt, sample);
             Particle { so_far, log_weight: 0.0, energy: 0.0, row: Some(row) }
         };
         Self {
@@ -433,21 +449,4 @@ impl<'s> Swarm<'s> {
 
 fn name(found: f64) -> String {
     if found.is_nan() { "NaN".into() } else { "infinity".into() }
-}
-
-/// Completes each prompt with `task.n` draws from its particles, by their weights.
-///
-/// # Errors
-/// Those of [`Smc::particles`].
-pub fn smc(task: &Task<'_>, search: &Smc, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
-    let mut completions = Vec::with_capacity(task.prompts.len() * task.n);
-    for found in search.particles(task, listener)? {
-        let mut stream = Stream::new(search.seed, DRAWING);
-        for sample in 0..task.n {
-            for at in systematic(&found.log_weights, stream.uniform(), 1) {
-                completions.push(Hypothesis { sample, ..found.hypotheses[at].clone() });
-            }
-        }
-    }
-    Ok(completions)
 }

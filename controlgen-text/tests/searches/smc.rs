@@ -7,7 +7,7 @@ use controlgen_core::energy::{Energy, Text};
 use controlgen_core::testing::{TableLm, TableLmConfig};
 use controlgen_core::{Error, LanguageModel, PerRow, TokenControls};
 use controlgen_text::controls::{LogitBias, NoRepeatNgram, Suppress, Temperature, TopK};
-use controlgen_text::search::{Choice, Finish, Particles, Smc, Task, sampling, smc};
+use controlgen_text::search::{Choice, Finish, Particles, Search, Smc, Task};
 use tch::{Kind, Tensor};
 
 use crate::listeners::Told;
@@ -147,7 +147,7 @@ fn without_weights_it_is_another_distribution() {
     let controls = TokenControls::new().with(LogitBias::new([(2, 1.2), (4, -0.7)]).unwrap());
     let prompts = [PROMPT.to_vec()];
     let task = Task { n: 20_000, ..task(&lm, &prompts, &controls) };
-    let drawn = sampling(&task, Choice::Sample { seed: 5, first: 0 }, &mut ()).unwrap();
+    let drawn = Choice::Sample { seed: 5, first: 0 }.run(&task, &mut ()).unwrap();
     let mut mass: HashMap<Vec<i64>, f64> = HashMap::new();
     drawn.iter().for_each(|h| *mass.entry(said(h)).or_default() += 1.0 / 20_000.0);
     let target = |ids: &[i64]| case.log_gamma.get(ids).map_or(0.0, |g| (g - log_z).exp());
@@ -213,7 +213,7 @@ fn completions_are_drawn_from_the_target() {
         let draw = |seed| {
             let prompts = [PROMPT.to_vec()];
             let task = Task { n: 2, ..task(lm, &prompts, &case.controls) };
-            let drawn = smc(&task, &settings(&case, 200, seed, false), &mut ()).unwrap();
+            let drawn = settings(&case, 200, seed, false).run(&task, &mut ()).unwrap();
             assert_eq!(drawn.iter().map(|h| (h.prompt, h.sample)).collect::<Vec<_>>(), [(0, 0), (0, 1)]);
             said(&drawn[1])
         };
@@ -299,7 +299,7 @@ fn what_there_is_when_cancelled_is_given() {
     let (lm, none, prompts) = (table(7, 1), TokenControls::new(), [vec![0, 3], vec![0]]);
     let mut told = Told { cancel_at: 3, ..Told::new(2) };
     let task = Task { max_new_tokens: 8, eos: &[], n: 3, ..task(&lm, &prompts, &none) };
-    let found = smc(&task, &Smc::new(5, 1).unwrap(), &mut told).unwrap();
+    let found = Smc::new(5, 1).unwrap().run(&task, &mut told).unwrap();
     assert_eq!((told.steps, found.len()), (3, 6));
     assert!(found.iter().all(|h| h.ids.len() == 3 && h.finish == Finish::Cancelled));
 }
@@ -326,7 +326,7 @@ fn what_cannot_be_run_is_refused() {
     }
     let (lm, none, prompts) = (table(6, 1), TokenControls::new(), [vec![0], vec![0, 2]]);
     let run = |lm: &dyn LanguageModel, controls: &TokenControls, settings: Smc| {
-        smc(&task(lm, &prompts, controls), &settings, &mut ()).unwrap_err()
+        settings.run(&task(lm, &prompts, controls), &mut ()).unwrap_err()
     };
     let few = || Smc::new(3, 1).unwrap();
     let huge = run(&lm, &none, Smc::new(usize::MAX, 1).unwrap()).to_string();
