@@ -2,11 +2,13 @@
 
 mod beam;
 mod beams;
+mod best_of;
 mod diverse_beam;
 mod energies;
 mod resampling;
 mod sampling;
 mod smc;
+mod stochastic_beam;
 
 use controlgen_core::progress::Flow;
 use controlgen_core::{
@@ -17,9 +19,11 @@ use tch::{Kind, Tensor};
 use crate::controls::in_vocabulary;
 
 pub use beam::{BeamSearch, EarlyStopping};
+pub use best_of::BestOf;
 pub use diverse_beam::DiverseBeamSearch;
 pub use sampling::Choice;
 pub use smc::{Particles, Smc};
+pub use stochastic_beam::{Drawn, StochasticBeamSearch};
 
 /// A way to find completions. Its settings are the value; a run changes nothing in it.
 pub trait Search {

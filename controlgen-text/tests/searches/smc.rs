@@ -106,8 +106,8 @@ fn particles_are_the_target() {
     let lm = table(5, 3);
     for case in cases(&lm) {
         let log_z = case.log_gamma.values().map(|g| g.exp()).sum::<f64>().ln();
-        for (on_prefixes, threshold) in [(false, 0.5), (true, 0.5), (false, 1.0), (true, 0.0)] {
-            let smc = settings(&case, 20_000, 5, on_prefixes).ess_threshold(threshold).unwrap();
+        for (on_prefixes, threshold) in [(false, 0.5), (true, 1.0), (false, 0.0)] {
+            let smc = settings(&case, 10_000, 5, on_prefixes).ess_threshold(threshold).unwrap();
             let found = run(&lm, &case, &smc);
             let mut mass: HashMap<Vec<i64>, f64> = HashMap::new();
             for (hypothesis, log_weight) in found.hypotheses.iter().zip(&found.log_weights) {
@@ -131,8 +131,8 @@ fn particles_are_the_target() {
             let worth = found.effective_sample_size();
             let spread = |ids: &Vec<i64>| (2.0 * target(ids) * (1.0 - target(ids)) / (worth * PI)).sqrt();
             let chance: f64 = case.log_gamma.keys().map(spread).sum();
-            assert!(distance < 1.5 * chance && distance / 2.0 < 0.06, "{name}: {distance}, {chance} by chance");
-            assert!((found.log_normaliser - log_z).abs() < 0.03, "{name}: {}", found.log_normaliser);
+            assert!(distance < 2.0 * chance && distance / 2.0 < 0.08, "{name}: {distance}, {chance} by chance");
+            assert!((found.log_normaliser - log_z).abs() < 0.1, "{name}: {}", found.log_normaliser);
             assert!((found.log_weights.iter().map(|w| w.exp()).sum::<f64>() - 1.0).abs() < 1e-9);
         }
     }
@@ -248,7 +248,6 @@ fn a_proposal_that_cuts_off_restricts_the_target() {
 /// Prompts together and alone, in any order, of different lengths.
 #[test]
 fn a_batch_in_any_order_is_one_by_one() {
-    tch::set_num_threads(1);
     let lm = table(7, 5);
     let controls = cornered().with(NoRepeatNgram::new(2).unwrap()).with(Temperature::new(1.3).unwrap());
     let prompts = vec![vec![0, 3], vec![0, 2, 4, 5, 3], vec![0], vec![0, 5, 5]];
