@@ -4,10 +4,12 @@ mod beam;
 mod beams;
 mod best_of;
 mod diverse_beam;
+mod draft;
 mod energies;
 mod resampling;
 mod sampling;
 mod smc;
+mod speculative;
 mod stochastic_beam;
 
 use controlgen_core::progress::Flow;
@@ -23,6 +25,7 @@ pub use best_of::BestOf;
 pub use diverse_beam::DiverseBeamSearch;
 pub use sampling::Choice;
 pub use smc::{Particles, Smc};
+pub use speculative::{Acceptance, Speculative};
 pub use stochastic_beam::{Drawn, StochasticBeamSearch};
 
 /// A way to find completions. Its settings are the value; a run changes nothing in it.

@@ -195,7 +195,8 @@ impl Beams {
             match beam.row {
                 None => candidates.push((beam.perturbed, i, None)),
                 Some(row) => {
-                    let of_row = (row * best.k..(row + 1) * best.k).map(|at| (best.perturbed[at], i, Some(at)));
+                    let of_row =
+                        (row * best.k..(row + 1) * best.k).map(|at| (best.perturbed[at], i, Some(at)));
                     candidates.extend(of_row.filter(|candidate| candidate.0 > f64::NEG_INFINITY));
                 }
             }

@@ -20,18 +20,16 @@ fn the_best_samples_are_given() {
     let controls = TokenControls::new().with(NoRepeatNgram::new(3).unwrap());
     let task = Task { max_new_tokens: 8, n: 3, ..task(&lm, &prompts, &controls) };
     let drawn = Choice::Sample { seed: 4, first: 0 }.run(&Task { n: 9, ..task }, &mut ()).unwrap();
-    let mean = |h: &Hypothesis| h.score / (h.ids.len() + usize::from(matches!(h.finish, Finish::Eos(_)))) as f64;
+    let mean =
+        |h: &Hypothesis| h.score / (h.ids.len() + usize::from(matches!(h.finish, Finish::Eos(_)))) as f64;
     let energy = Energy::from_fn(|x: &Text| {
         let Text::Hard { ids, keep } = x else { panic!("token ids") };
         let fives = ids.eq(5).logical_and(keep.as_ref().unwrap());
         Ok(-fives.sum_dim_intlist(&[1i64][..], false, Kind::Double))
     });
     let best_of = || BestOf::new(9, 4).unwrap();
-    let ways: [(BestOf, &dyn Fn(&Hypothesis) -> f64); 3] = [
-        (best_of(), &mean),
-        (best_of().by_energy(energy), &fives),
-        (best_of().by(|h| Ok(fives(h))), &fives),
-    ];
+    let ways: [(BestOf, &dyn Fn(&Hypothesis) -> f64); 3] =
+        [(best_of(), &mean), (best_of().by_energy(energy), &fives), (best_of().by(|h| Ok(fives(h))), &fives)];
     for (search, score) in ways {
         let mut told = Told::new(3);
         let found = search.run(&task, &mut told).unwrap();
@@ -86,7 +84,8 @@ fn what_cannot_be_run_is_refused() {
     assert!(many.contains("at most num_samples = 4") && many.contains('5'), "{many}");
     assert!(run(BestOf::new(usize::MAX, 1).unwrap(), &none, 1).to_string().contains("num_samples"));
     for bad in [f64::NAN, f64::INFINITY] {
-        let error = run(few().by(move |h| Ok(if h.prompt == 1 && h.sample == 2 { bad } else { 0.0 })), &none, 1);
+        let error =
+            run(few().by(move |h| Ok(if h.prompt == 1 && h.sample == 2 { bad } else { 0.0 })), &none, 1);
         assert!(error.to_string().contains("sample 2 of prompt 1"), "{error}");
     }
     let error = run(few().by_energy(Energy::from_fn(|_: &Text| Ok(Tensor::from(1.0)))), &none, 1);

@@ -10,7 +10,13 @@ use controlgen_text::search::{Drawn, Finish, Search, StochasticBeamSearch, Task}
 use crate::listeners::Told;
 use crate::{EOS, LENGTH, PROMPT, all, cornered, p_value, said, table, task};
 
-fn draw(lm: &TableLm, controls: &TokenControls, max_new_tokens: usize, beams: usize, seed: u64) -> Vec<Drawn> {
+fn draw(
+    lm: &TableLm,
+    controls: &TokenControls,
+    max_new_tokens: usize,
+    beams: usize,
+    seed: u64,
+) -> Vec<Drawn> {
     let prompts = [PROMPT.to_vec()];
     let search = StochasticBeamSearch::new(beams, seed).unwrap();
     let task = Task { max_new_tokens, ..task(lm, &prompts, controls) };
@@ -57,7 +63,8 @@ fn two_are_drawn_without_replacement() {
 #[test]
 fn everything_is_found() {
     let lm = table(4, 6);
-    let controls = TokenControls::new().with(NoRepeatNgram::new(2).unwrap()).with(Suppress::new([3]).unwrap());
+    let controls =
+        TokenControls::new().with(NoRepeatNgram::new(2).unwrap()).with(Suppress::new([3]).unwrap());
     for controls in [TokenControls::new(), controls] {
         let banned = !controls.is_empty();
         let expected: HashMap<Vec<i64>, f64> = all(&lm, true, &|said, scores| {
@@ -122,9 +129,8 @@ fn the_first_is_a_sample() {
 #[test]
 fn a_batch_in_any_order_is_one_by_one() {
     let lm = table(7, 5);
-    let controls = TokenControls::new()
-        .with(RepetitionPenalty::new(1.2).unwrap())
-        .with(NoRepeatNgram::new(2).unwrap());
+    let controls =
+        TokenControls::new().with(RepetitionPenalty::new(1.2).unwrap()).with(NoRepeatNgram::new(2).unwrap());
     let prompts = vec![vec![0, 3], vec![0, 2, 4, 5, 3], vec![0], vec![0, 5, 5]];
     let search = StochasticBeamSearch::new(5, 3).unwrap();
     let run = |prompts: &[Vec<i64>]| {
@@ -196,6 +202,7 @@ fn what_cannot_be_run_is_refused() {
     let long = Task { max_new_tokens: usize::MAX, ..task(&lm, &prompts, &controls) };
     let found = StochasticBeamSearch::new(3, 1).unwrap().run(&long, &mut ()).unwrap();
     assert!(found.iter().all(|h| h.ids.len() == 3 && h.finish == Finish::Context));
-    let none = StochasticBeamSearch::new(3, 1).unwrap().run(&Task { max_new_tokens: 0, ..long }, &mut ()).unwrap();
+    let none =
+        StochasticBeamSearch::new(3, 1).unwrap().run(&Task { max_new_tokens: 0, ..long }, &mut ()).unwrap();
     assert_eq!((none.len(), none[0].ids.len(), none[0].score), (1, 0, 0.0));
 }
