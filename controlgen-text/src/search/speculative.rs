@@ -49,7 +49,7 @@ enum Draft {
 /// How much of what was drafted was kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Acceptance {
-    /// Tokens drafted, but for those that nobody looked at because the text ended before.
+    /// Tokens drafted that were looked at: those up to the first that was not kept.
     pub drafted: usize,
     /// Tokens of them that were kept.
     pub accepted: usize,
@@ -198,7 +198,7 @@ impl Writer<'_> {
         loop {
             let (before, read) = (self.text.len(), self.state.len());
             let (kept, goes_on) = self.verify(&logits, &drafted, listener)?;
-            count.drafted += drafted.tokens.len().min(self.text.len() - before);
+            count.drafted += drafted.tokens.len().min(kept + 1);
             count.accepted += kept;
             let flow = listener.step((self.text.len() - before).max(1) as u64);
             if !goes_on {
