@@ -26,6 +26,7 @@
 pub mod chat;
 pub mod controls;
 pub mod energies;
+pub mod evaluation;
 mod generate;
 #[cfg(feature = "gguf")]
 pub mod gguf;

@@ -28,6 +28,7 @@
 //! | [`Suppress`] | bans tokens | potential |
 //! | [`BannedWords`] | bans tokens and sequences of tokens | potential |
 //! | [`LogitBias`] | adds to the scores of tokens, and of sequences' last tokens | potential |
+//! | [`Regularised`] | lowers tokens that spread the surprisal unevenly | potential |
 //! | [`MinLength`] | bans the end of the text until it is long enough | potential |
 //! | [`ForcedPrefix`] | bans all but the given first tokens | potential |
 //!
@@ -75,6 +76,7 @@ mod min_length;
 mod min_p;
 mod no_repeat_ngram;
 mod phrases;
+mod regularised;
 mod repetition_penalty;
 mod scores;
 mod suppress;
@@ -92,6 +94,7 @@ pub use logit_bias::LogitBias;
 pub use min_length::MinLength;
 pub use min_p::MinP;
 pub use no_repeat_ngram::NoRepeatNgram;
+pub use regularised::{Regularised, Regulariser};
 pub use repetition_penalty::RepetitionPenalty;
 pub use suppress::Suppress;
 pub use temperature::Temperature;
