@@ -29,6 +29,7 @@ pub mod energies;
 mod generate;
 #[cfg(feature = "gguf")]
 pub mod gguf;
+pub mod grammar;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod models;
