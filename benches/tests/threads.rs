@@ -7,7 +7,7 @@ use std::thread;
 use benches::device_suite::random_llama;
 use controlgen_core::{LanguageModel, Placement, TokenControls};
 use controlgen_text::controls::NoRepeatNgram;
-use controlgen_text::search::{self, Choice, Task};
+use controlgen_text::search::{Choice, Search, Task};
 
 const THREADS: i64 = 8;
 
@@ -23,7 +23,7 @@ fn answer(model: &dyn LanguageModel, controls: &TokenControls, thread: i64) -> (
     let prompts = [(0..20).map(|i| (thread * 4099 + i * 7919).rem_euclid(49152)).collect::<Vec<i64>>()];
     let pass = controlgen_core::Pass::default();
     let task = Task { lm: model, prompts: &prompts, controls, pass, max_new_tokens: 3, eos: &[], n: 1 };
-    let found = search::sampling(&task, Choice::Greedy, &mut ()).unwrap().remove(0);
+    let found = Choice::Greedy.run(&task, &mut ()).unwrap().remove(0);
     (found.ids, found.score)
 }
 

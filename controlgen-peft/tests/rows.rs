@@ -9,7 +9,7 @@ use controlgen_peft::{
     ActiveAdapters, Bottleneck, BottleneckConfig, Ia3, Ia3Config, Lora, LoraConfig, Prefix, PrefixConfig,
     Targets,
 };
-use controlgen_text::search::{Choice, Task, sampling};
+use controlgen_text::search::{Choice, Search, Task};
 use tch::{Kind, Tensor};
 
 const NAMES: [&str; 6] = ["a", "b", "ia3", "prefix", "long", "neck"];
@@ -168,7 +168,7 @@ fn generation_in_a_mixed_batch_is_each_prompt_alone() {
                 eos: &[7, 19, 23, 31, 40, 44],
                 n: 2,
             };
-            sampling(&task, Choice::Sample { seed: 3, first: first as u64 }, &mut ()).unwrap()
+            Choice::Sample { seed: 3, first: first as u64 }.run(&task, &mut ()).unwrap()
         };
         let mixed = run(&prompts, Pass { lanes: Some(&lanes), ..Pass::with_controls(&together) }, 0);
         let lengths: std::collections::HashSet<usize> = mixed.iter().map(|h| h.ids.len()).collect();

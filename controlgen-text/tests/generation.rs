@@ -12,7 +12,7 @@ use controlgen_text::controls::{
     BannedWords, EpsilonCutoff, EtaCutoff, ForcedPrefix, FrequencyPresence, LogitBias, MinLength, MinP,
     NoRepeatNgram, RepetitionPenalty, Suppress, Temperature, TopK, TopP, Typical,
 };
-use controlgen_text::search::{Choice, Finish, Hypothesis, Task, sampling};
+use controlgen_text::search::{Choice, Finish, Hypothesis, Search, Task};
 
 const EOS: i64 = 1;
 const PROMPT: [i64; 3] = [0, 2, 3];
@@ -30,7 +30,7 @@ fn run(
     choice: Choice,
 ) -> Result<Vec<Hypothesis>, Error> {
     let task = Task { lm, prompts, controls, pass: Pass::default(), max_new_tokens: LENGTH, eos: &[EOS], n };
-    sampling(&task, choice, &mut ())
+    choice.run(&task, &mut ())
 }
 
 /// The whole continuation, the token that ended it included.

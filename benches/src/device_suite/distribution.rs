@@ -6,7 +6,7 @@ use controlgen_core::noise::{Stream, TorchGenerator};
 use controlgen_core::testing::{TableLm, TableLmConfig, chi_square};
 use controlgen_core::{LanguageModel, Pass, Placement, Result, TokenControls};
 use controlgen_text::controls::{Temperature, TopP};
-use controlgen_text::search::{self, Choice, Task};
+use controlgen_text::search::{Choice, Search, Task};
 use tch::{Device, Kind, Tensor};
 
 use super::Row;
@@ -32,7 +32,7 @@ pub fn sampling(device: Device) -> Result<Vec<Row>> {
             eos: &[],
             n: SAMPLES,
         };
-        let found = search::sampling(&task, Choice::Sample { seed: 7, first: 0 }, &mut ())?;
+        let found = Choice::Sample { seed: 7, first: 0 }.run(&task, &mut ())?;
         Ok(found.into_iter().map(|hypothesis| hypothesis.ids).collect())
     };
     let plain = drawn(device, &TokenControls::new())?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use controlgen_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{Choice, Generate, Search};
+use super::{Choice, Generate};
 use crate::controls::{
     BannedWords, EpsilonCutoff, EtaCutoff, ForcedPrefix, FrequencyPresence, LogitBias, MinLength, MinP,
     NoRepeatNgram, RepetitionPenalty, Suppress, Temperature, TopK, TopP, Typical,
@@ -196,12 +196,10 @@ impl GenerationConfig {
     /// What shapes the distribution that is sampled.
     fn warps(&self, to: &mut Generate<'_>) -> Result<()> {
         if !self.do_sample {
-            to.search = Search::Sampling(Choice::Greedy);
+            to.search = Box::new(Choice::Greedy);
             return Ok(());
         }
-        if !matches!(to.search, Search::Sampling(Choice::Sample { .. })) {
-            to.search = Search::Sampling(Choice::Sample { seed: 0, first: 0 });
-        }
+        to.search = Box::new(Choice::Sample { seed: to.seed, first: 0 });
         let controls = &mut to.controls;
         if let Some(temperature) = self.temperature {
             controls.push(Temperature::new(temperature)?);
@@ -244,7 +242,10 @@ impl GenerationConfig {
             let what = format!("do_sample with num_beams = {beams}");
             return Err(Error::unsupported(what, "one of the two"));
         }
-        to.search = diverse.map_or(Search::Beam(search), Search::DiverseBeam);
+        to.search = match diverse {
+            Some(diverse) => Box::new(diverse),
+            None => Box::new(search),
+        };
         Ok(())
     }
 }

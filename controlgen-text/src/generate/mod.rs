@@ -13,9 +13,9 @@ use controlgen_core::{
 
 use crate::chat::{ChatOptions, ChatTemplate, Message};
 use crate::models;
-use crate::search::{self, BeamSearch, Choice, DiverseBeamSearch, Finish, Hypothesis, Listener, Task};
+use crate::search::{self, Choice, Finish, Search, Task};
 use crate::tokenizer::{Special, StopStrings, Tokenizer};
-use texts::{BeamTexts, Texts, Watch};
+use texts::{ForkingTexts, Texts, Watch};
 
 pub use config::{GenerationConfig, OneOrMany};
 
@@ -133,14 +133,6 @@ pub struct Piece<'p> {
     pub text: &'p str,
 }
 
-/// How tokens are searched for.
-#[derive(Clone, Copy, Debug)]
-enum Search {
-    Sampling(Choice),
-    Beam(BeamSearch),
-    DiverseBeam(DiverseBeamSearch),
-}
-
 /// A generation being described; [`Generate::run`] starts it.
 pub struct Generate<'a> {
     model: &'a TextModel,
@@ -148,7 +140,8 @@ pub struct Generate<'a> {
     controls: TokenControls,
     site_controls: Option<&'a Controls>,
     lanes: Option<Lanes>,
-    search: Search,
+    search: Box<dyn Search + 'a>,
+    seed: u64,
     n: usize,
     max_new_tokens: usize,
     /// The same, the prompt's tokens counted in.
@@ -169,7 +162,8 @@ impl<'a> Generate<'a> {
             controls: TokenControls::new(),
             site_controls: None,
             lanes: None,
-            search: Search::Sampling(Choice::Greedy),
+            search: Box::new(Choice::Greedy),
+            seed: 0,
             n: 1,
             max_new_tokens: 128,
             max_length: None,
@@ -206,29 +200,22 @@ impl<'a> Generate<'a> {
 
     /// Takes the most probable token each time. The default.
     #[must_use]
-    pub fn greedy(mut self) -> Self {
-        self.search = Search::Sampling(Choice::Greedy);
-        self
+    pub fn greedy(self) -> Self {
+        self.search(Choice::Greedy)
     }
 
     /// Draws tokens from the controlled distribution; see [`Choice::Sample`] for what the seed fixes.
     #[must_use]
     pub fn sample(mut self, seed: u64) -> Self {
-        self.search = Search::Sampling(Choice::Sample { seed, first: 0 });
-        self
+        self.seed = seed;
+        self.search(Choice::Sample { seed, first: 0 })
     }
 
-    /// Keeps the best few hypotheses of each prompt. [`n`](Self::n) of them are given, best first.
+    /// Searches as it is told: `BeamSearch::new(4)?` keeps the best few hypotheses of each prompt, of which
+    /// [`n`](Self::n) are given, best first. All searches are in [`search`].
     #[must_use]
-    pub fn beam_search(mut self, search: BeamSearch) -> Self {
-        self.search = Search::Beam(search);
-        self
-    }
-
-    /// The same in groups, each kept away from what the groups before it say.
-    #[must_use]
-    pub fn diverse_beam_search(mut self, search: DiverseBeamSearch) -> Self {
-        self.search = Search::DiverseBeam(search);
+    pub fn search(mut self, search: impl Search + 'a) -> Self {
+        self.search = Box::new(search);
         self
     }
 
@@ -262,7 +249,7 @@ impl<'a> Generate<'a> {
     }
 
     /// Gives out the text as it comes, in pieces that are whole characters and no part of a stop string. Not for
-    /// searches by beams, which take text back.
+    /// searches that take text back, as those by beams do.
     #[must_use]
     pub fn on_text(mut self, on_text: impl FnMut(Piece<'_>) + 'a) -> Self {
         self.on_text = Some(Box::new(on_text));
@@ -331,27 +318,19 @@ impl<'a> Generate<'a> {
             eos: self.eos.as_deref().unwrap_or(&self.model.eos),
             n: self.n,
         };
-        let mut by_beams = |find: &dyn Fn(&mut dyn Listener) -> Result<Vec<Hypothesis>>| {
+        let completions = if self.search.takes_back() {
             if self.on_text.is_some() {
-                let supported =
-                    "sampling and greedy search; the text of a beam may be taken back until the end";
-                return Err(Error::unsupported("on_text in a search by beams", supported));
+                let supported = "sampling and greedy search; other text may be taken back until the end";
+                return Err(Error::unsupported("on_text in a search that takes text back", supported));
             }
-            let mut texts = BeamTexts::new(prompts.len(), tokenizer, &stop, &self.stop, &mut watch);
-            let hypotheses = find(&mut texts)?;
-            texts.complete(hypotheses, &self.stop)
-        };
-        let completions = match &self.search {
-            Search::Beam(search) => by_beams(&|texts| search::beam_search(&task, search, texts))?,
-            Search::DiverseBeam(search) => {
-                by_beams(&|texts| search::diverse_beam_search(&task, search, texts))?
-            }
-            Search::Sampling(choice) => {
-                let count = search::completions(prompts.len(), self.n)?;
-                let mut texts = Texts::new(count, tokenizer, &stop, self.on_text, &mut watch);
-                let hypotheses = search::sampling(&task, *choice, &mut texts)?;
-                texts.complete(hypotheses, &self.stop)?
-            }
+            let mut texts = ForkingTexts::new(prompts.len(), tokenizer, &stop, &self.stop, &mut watch);
+            let hypotheses = self.search.run(&task, &mut texts)?;
+            texts.complete(hypotheses, &self.stop)?
+        } else {
+            let count = search::completions(prompts.len(), self.n)?;
+            let mut texts = Texts::new(count, tokenizer, &stop, self.on_text, &mut watch);
+            let hypotheses = self.search.run(&task, &mut texts)?;
+            texts.complete(hypotheses, &self.stop)?
         };
         let finished = Instant::now();
         let prefilled = watch.prefilled.unwrap_or(finished);
@@ -421,10 +400,12 @@ pub struct Completion {
     /// log p(token | tokens before it) under the model alone, of each of `ids`.
     pub logprobs: Vec<f64>,
     /// The sum of log-probabilities under the model and its controls, the ending token's included; what it is in a
-    /// search by beams, [`BeamSearch`] says.
+    /// search by beams, [`BeamSearch`](search::BeamSearch) says.
     pub score: f64,
     /// Why it ended.
     pub finish: Finish,
+    /// The clauses that the search was to meet and this does not, by number; none in a search without clauses.
+    pub unmet: Vec<usize>,
     /// The stop string that ended it.
     pub stopped_by: Option<String>,
 }

@@ -64,7 +64,7 @@ impl Watch<'_> {
     }
 }
 
-/// The texts of sampling, which are given out as they come.
+/// The texts of a search that takes nothing back, given out as they come.
 pub(super) struct Texts<'a, 'w> {
     rows: Vec<(Text, String)>,
     on_text: Option<OnText<'a>>,
@@ -124,15 +124,15 @@ impl Listener for Texts<'_, '_> {
     }
 }
 
-/// The texts of beams, followed only as far as stop strings need it: what is final is known at the end.
-pub(super) struct BeamTexts<'a, 'w> {
+/// The texts of a search that takes text back, followed only as far as stop strings need it: what is final is known at the end.
+pub(super) struct ForkingTexts<'a, 'w> {
     /// None where there are no stop strings.
     rows: Vec<Text>,
     start: Text,
     watch: &'w mut Watch<'a>,
 }
 
-impl<'a, 'w> BeamTexts<'a, 'w> {
+impl<'a, 'w> ForkingTexts<'a, 'w> {
     /// `stop` are the strings that `matcher` looks for.
     pub(super) fn new(
         prompts: usize,
@@ -160,7 +160,7 @@ impl<'a, 'w> BeamTexts<'a, 'w> {
     }
 }
 
-impl Listener for BeamTexts<'_, '_> {
+impl Listener for ForkingTexts<'_, '_> {
     fn token(&mut self, chosen: Chosen<'_>) -> Result<After> {
         let Some(text) = self.rows.get_mut(chosen.row) else { return Ok(After::Continue) };
         text.push(chosen.token)?;
@@ -184,6 +184,7 @@ fn completion(hypothesis: Hypothesis, text: String, hit: Option<usize>, stop: &[
         logprobs: hypothesis.logprobs,
         score: hypothesis.score,
         finish: hypothesis.finish,
+        unmet: hypothesis.unmet,
         stopped_by: hit.and_then(|hit| stop.get(hit).cloned()),
     }
 }

@@ -3,8 +3,8 @@
 use controlgen_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::beams::{Plan, run};
-use super::{Finish, Hypothesis, Listener, Task};
+use super::beams::{ByScore, Plan, run};
+use super::{Hypothesis, Listener, Search, Task};
 
 /// Keeps the `num_beams` most probable hypotheses of a prompt, and extends all of them at each step.
 ///
@@ -46,11 +46,14 @@ pub enum EarlyStopping {
     /// Once the best that goes on could not be better than the worst that is finished, at any length that is
     /// allowed: transformers' `"never"`. It holds if no score is positive and no control gives a log-weight.
     Never,
+    /// Not before nothing goes on: for controls whose scores may be positive or come with the end, such as
+    /// regularisers that later tokens can lower. Not in transformers.
+    Exhausted,
 }
 
 /// [`EarlyStopping`] as transformers writes it.
 #[derive(Serialize, Deserialize)]
-#[serde(untagged, expecting = "expected true, false or \"never\"")]
+#[serde(untagged, expecting = "expected true, false, \"never\" or \"exhausted\"")]
 enum Spelled {
     Flag(bool),
     Word(String),
@@ -62,6 +65,7 @@ impl From<EarlyStopping> for Spelled {
             EarlyStopping::Heuristic => Self::Flag(false),
             EarlyStopping::WhenFull => Self::Flag(true),
             EarlyStopping::Never => Self::Word("never".into()),
+            EarlyStopping::Exhausted => Self::Word("exhausted".into()),
         }
     }
 }
@@ -74,7 +78,10 @@ impl TryFrom<Spelled> for EarlyStopping {
             Spelled::Flag(false) => Ok(Self::Heuristic),
             Spelled::Flag(true) => Ok(Self::WhenFull),
             Spelled::Word(word) if word == "never" => Ok(Self::Never),
-            Spelled::Word(word) => Err(Error::value("early_stopping", "true, false or \"never\"", word)),
+            Spelled::Word(word) if word == "exhausted" => Ok(Self::Exhausted),
+            Spelled::Word(word) => {
+                Err(Error::value("early_stopping", "true, false, \"never\" or \"exhausted\"", word))
+            }
         }
     }
 }
@@ -118,133 +125,9 @@ impl BeamSearch {
 /// Completes each prompt with the best `task.n` hypotheses found, best first. They are fewer where the controls leave
 /// fewer.
 ///
-/// # Errors
-/// [`Error::Value`], [`Error::Context`] for what cannot be run, more completions than beams for one;
-/// [`Error::AllBanned`] where the controls leave no hypothesis of a prompt, which `row` then names;
-/// [`Error::NotFinite`] for NaN logits; the model's, the controls' and the listener's.
-pub fn beam_search(
-    task: &Task<'_>,
-    search: &BeamSearch,
-    listener: &mut dyn Listener,
-) -> Result<Vec<Hypothesis>> {
-    run(task, &Plan { beams: *search, groups: 1, diversity_penalty: 0.0 }, listener)
-}
-
-/// A prompt's hypotheses, or those of one of its groups.
-pub(super) struct Beams {
-    pub(super) prompt: usize,
-    /// Those that go on, best first.
-    pub(super) running: Vec<Beam>,
-    /// Those that have ended, best first; `num_beams` at most.
-    finished: Vec<Hypothesis>,
-    over: bool,
-}
-
-/// A hypothesis that goes on. Its score is the sum, until it ends.
-pub(super) struct Beam {
-    /// Its row of the batch.
-    pub(super) row: usize,
-    pub(super) so_far: Hypothesis,
-}
-
-/// A token that may follow a beam.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Candidate {
-    /// Which of the running ones.
-    pub(super) beam: usize,
-    pub(super) token: i64,
-    /// The whole hypothesis' sum of scores.
-    pub(super) score: f64,
-    /// Of the token, under the model alone.
-    pub(super) logprob: f64,
-}
-
-impl Beams {
-    /// Nothing said yet, in this row.
-    pub(super) fn new(prompt: usize, row: usize) -> Self {
-        let so_far = Hypothesis {
-            prompt,
-            sample: 0,
-            ids: Vec::new(),
-            logprobs: Vec::new(),
-            score: 0.0,
-            finish: Finish::Length,
-        };
-        Self { prompt, running: vec![Beam { row, so_far }], finished: Vec::new(), over: false }
-    }
-
-    /// The hypothesis that a candidate makes.
-    pub(super) fn extended(&self, candidate: &Candidate, finish: Option<Finish>) -> Hypothesis {
-        let before = &self.running[candidate.beam].so_far;
-        let mut so_far = Hypothesis {
-            ids: Vec::with_capacity(before.ids.len() + 1),
-            logprobs: Vec::with_capacity(before.ids.len() + 1),
-            score: candidate.score,
-            finish: finish.unwrap_or(Finish::Length),
-            ..*before
-        };
-        so_far.ids.extend_from_slice(&before.ids);
-        so_far.logprobs.extend_from_slice(&before.logprobs);
-        if !matches!(so_far.finish, Finish::Eos(_)) {
-            so_far.ids.push(candidate.token);
-            so_far.logprobs.push(candidate.logprob);
-        }
-        so_far
-    }
-
-    /// Takes a hypothesis that has ended, with the controls' log-weight. Without probability it is dropped.
-    pub(super) fn finish(
-        &mut self,
-        search: &BeamSearch,
-        mut ended: Hypothesis,
-        log_weight: f64,
-    ) -> Result<()> {
-        if log_weight.is_nan() || log_weight == f64::INFINITY {
-            let (what, at) =
-                ("log-weight of a finished hypothesis".into(), format!("prompt {}", self.prompt));
-            return Err(Error::NotFinite { what, at, found: log_weight.to_string() });
-        }
-        if log_weight == f64::NEG_INFINITY {
-            return Ok(());
-        }
-        let length = ended.ids.len() + usize::from(matches!(ended.finish, Finish::Eos(_)));
-        ended.score = search.normalised(ended.score + log_weight, length);
-        let at = self.finished.partition_point(|better| better.score >= ended.score);
-        self.finished.insert(at, ended);
-        self.finished.truncate(search.num_beams);
-        Ok(())
-    }
-
-    /// Decides whether the search is over, of hypotheses that have `length` tokens and may have `longest`.
-    pub(super) fn settle(&mut self, search: &BeamSearch, length: usize, longest: usize) {
-        let improvable = |best: &Beam| {
-            let length = match search.early_stopping {
-                EarlyStopping::Never if search.length_penalty > 0.0 => longest,
-                _ => length,
-            };
-            let worst = self.finished.last().map_or(f64::NEG_INFINITY, |worst| worst.score);
-            search.normalised(best.so_far.score, length) > worst
-        };
-        let full = self.finished.len() >= search.num_beams;
-        self.over = match self.running.first() {
-            None => true,
-            Some(_) if !full => false,
-            Some(best) => search.early_stopping == EarlyStopping::WhenFull || !improvable(best),
-        };
-        if self.over {
-            self.running.clear();
-        }
-    }
-
-    pub(super) fn is_over(&self) -> bool {
-        self.over
-    }
-
-    pub(super) fn into_finished(self) -> Vec<Hypothesis> {
-        self.finished
-    }
-
-    pub(super) fn has_finished(&self) -> bool {
-        !self.finished.is_empty()
+/// More completions than beams are refused; [`Error::AllBanned`] names the prompt of which no hypothesis is left.
+impl Search for BeamSearch {
+    fn run(&self, task: &Task<'_>, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
+        run(task, &Plan { beams: *self, groups: 1, diversity_penalty: 0.0 }, &ByScore, listener)
     }
 }

@@ -3,8 +3,8 @@
 use controlgen_core::{Error, Result};
 
 use super::beam::BeamSearch;
-use super::beams::{Plan, run};
-use super::{Hypothesis, Listener, Task};
+use super::beams::{ByScore, Plan, run};
+use super::{Hypothesis, Listener, Search, Task};
 
 /// Beam search in groups that take turns at each step: a group's candidates lose `diversity_penalty` for each beam of
 /// an earlier group that just chose the same token. Vijayakumar, Cogswell, Selvaraju, Sun, Lee, Crandall and
@@ -42,17 +42,12 @@ impl DiverseBeamSearch {
     }
 }
 
-/// Completes each prompt with the best `task.n` hypotheses of all groups, best first.
-///
-/// # Errors
-/// Those of [`beam_search`](super::beam_search).
-pub fn diverse_beam_search(
-    task: &Task<'_>,
-    search: &DiverseBeamSearch,
-    listener: &mut dyn Listener,
-) -> Result<Vec<Hypothesis>> {
-    let &DiverseBeamSearch { beams, groups, diversity_penalty } = search;
-    run(task, &Plan { beams, groups, diversity_penalty }, listener)
+/// Completes each prompt with the best `task.n` hypotheses of all groups, best first, as [`BeamSearch`] does.
+impl Search for DiverseBeamSearch {
+    fn run(&self, task: &Task<'_>, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
+        let &Self { beams, groups, diversity_penalty } = self;
+        run(task, &Plan { beams, groups, diversity_penalty }, &ByScore, listener)
+    }
 }
 
 /// What a prompt's groups have chosen in this step.

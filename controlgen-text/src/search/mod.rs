@@ -13,9 +13,36 @@ use tch::{Kind, Tensor};
 
 use crate::controls::in_vocabulary;
 
-pub use beam::{BeamSearch, EarlyStopping, beam_search};
-pub use diverse_beam::{DiverseBeamSearch, diverse_beam_search};
-pub use sampling::{Choice, sampling};
+pub use beam::{BeamSearch, EarlyStopping};
+pub use diverse_beam::DiverseBeamSearch;
+pub use sampling::Choice;
+
+/// A way to find completions. Its settings are the value; a run changes nothing in it.
+pub trait Search {
+    /// Completes each prompt, and tells the listener of the tokens that it weighs.
+    ///
+    /// # Errors
+    /// [`Error::Value`], [`Error::Context`] for what cannot be run; [`Error::AllBanned`] where the controls leave
+    /// nothing; [`Error::NotFinite`] for NaN logits; the model's, the controls' and the listener's.
+    fn run(&self, task: &Task<'_>, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>>;
+
+    /// Whether a token that the listener was told of may be taken back. If not, the listener has one row a completion,
+    /// prompt by prompt and sample by sample, and text can be given out as it comes; else [`Listener::reorder`] says
+    /// what its rows are.
+    fn takes_back(&self) -> bool {
+        true
+    }
+}
+
+impl<S: Search + ?Sized> Search for Box<S> {
+    fn run(&self, task: &Task<'_>, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
+        (**self).run(task, listener)
+    }
+
+    fn takes_back(&self) -> bool {
+        (**self).takes_back()
+    }
+}
 
 /// What every search is given.
 pub struct Task<'a> {
@@ -109,6 +136,8 @@ pub struct Hypothesis {
     pub score: f64,
     /// Why it ended.
     pub finish: Finish,
+    /// The clauses that the search was to meet and this does not, by number; none in a search without clauses.
+    pub unmet: Vec<usize>,
 }
 
 /// A token was chosen.
@@ -145,8 +174,8 @@ pub trait Listener {
 
     /// Makes row `i` what row `rows[i]` was. A listener begins with one row a prompt, and forks a row for each token
     /// that a search weighs, before it is told of it; rows that are not among the next ones are lost, and so is the
-    /// text of the tokens that they were told of. Sampling, which takes nothing back, has one row a completion
-    /// instead and never calls this.
+    /// text of the tokens that they were told of. A search that takes nothing back has one row a completion instead
+    /// and never calls this.
     ///
     /// # Errors
     /// The listener's own; they end the run.

@@ -4,7 +4,7 @@ use controlgen_core::noise::Stream;
 use controlgen_core::progress::Flow;
 use controlgen_core::{Error, Result, TokenControl};
 
-use super::{After, Chosen, Finish, Hypothesis, Listener, Live, Task};
+use super::{After, Chosen, Finish, Hypothesis, Listener, Live, Search, Task};
 use crate::sample;
 
 /// How a token is chosen from the controlled scores.
@@ -25,11 +25,17 @@ pub enum Choice {
 }
 
 /// Completes each prompt `n` times. Completions come prompt by prompt, sample by sample.
-///
-/// # Errors
-/// [`Error::Value`], [`Error::Context`] for prompts that cannot be run; [`Error::AllBanned`] where the controls leave
-/// no token; [`Error::NotFinite`] for NaN logits; the model's, the controls' and the listener's.
-pub fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
+impl Search for Choice {
+    fn run(&self, task: &Task<'_>, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
+        sampling(task, *self, listener)
+    }
+
+    fn takes_back(&self) -> bool {
+        false
+    }
+}
+
+fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
     let _guard = tch::no_grad_guard();
     task.validate()?;
     let mut live = Live::start(task)?;
@@ -43,6 +49,7 @@ pub fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) ->
             logprobs: Vec::new(),
             score: 0.0,
             finish: Finish::Length,
+            unmet: Vec::new(),
         })
         .collect();
     let mut streams: Vec<Option<Stream>> = pairs()

@@ -5,7 +5,7 @@ use controlgen_core::{Controls, Error, LanguageModel, Pass, Result, TokenControl
 use controlgen_text::controls::{
     BannedWords, ForcedPrefix, LogitBias, MinLength, NoRepeatNgram, Suppress, Temperature, TopP,
 };
-use controlgen_text::search::{Choice, Finish, Hypothesis, Task, sampling};
+use controlgen_text::search::{Choice, Finish, Hypothesis, Search, Task};
 use controlgen_text::tokenizer::Tokenizer;
 use controlgen_text::{TextModel, score_completions, score_text};
 use tch::Tensor;
@@ -19,7 +19,7 @@ fn task<'a>(lm: &'a dyn LanguageModel, prompts: &'a [Vec<i64>], controls: &'a To
 }
 
 fn run(lm: &dyn LanguageModel, prompts: &[Vec<i64>], controls: &TokenControls) -> Result<Vec<Hypothesis>> {
-    sampling(&task(lm, prompts, controls), Choice::Greedy, &mut ())
+    Choice::Greedy.run(&task(lm, prompts, controls), &mut ())
 }
 
 #[test]
@@ -46,7 +46,7 @@ fn lengths_and_counts() {
     let lm = open("mistral");
     let (prompts, none) = (vec![vec![1, 2]], TokenControls::new());
     let with = |n, max_new_tokens, eos: &[i64]| {
-        sampling(&Task { n, max_new_tokens, eos, ..task(&*lm, &prompts, &none) }, Choice::Greedy, &mut ())
+        Choice::Greedy.run(&Task { n, max_new_tokens, eos, ..task(&*lm, &prompts, &none) }, &mut ())
     };
     refused(with(0, 4, &[]), &["at least 1", "0"]);
     for n in [usize::MAX, 1 << 40, (1 << 20) + 1] {
@@ -93,7 +93,7 @@ fn all_tokens_banned() {
         for controls in [controls, shaped] {
             for choice in CHOICES {
                 let prompts = [vec![1, 2], vec![3]];
-                let error = sampling(&task(&*lm, &prompts, &controls), choice, &mut ()).err();
+                let error = choice.run(&task(&*lm, &prompts, &controls), &mut ()).err();
                 match error {
                     Some(Error::AllBanned { row: 0, step }) => assert_eq!(step, at, "{what}"),
                     other => panic!("{what}, {choice:?}: {other:?}"),
@@ -130,7 +130,7 @@ fn site_controls_of_another_model() {
     let controls = Controls::bind(other.sites(), vec![]).unwrap();
     let (prompts, none) = (vec![vec![1, 2]], TokenControls::new());
     let task = Task { pass: Pass::with_controls(&controls), ..task(&*lm, &prompts, &none) };
-    assert!(matches!(sampling(&task, Choice::Greedy, &mut ()), Err(Error::ForeignSites)));
+    assert!(matches!(Choice::Greedy.run(&task, &mut ()), Err(Error::ForeignSites)));
 }
 
 /// A NaN or an infinity in any weight is found when a token is to be chosen, and is in no result.
@@ -157,7 +157,7 @@ fn weights_that_are_no_numbers() {
                 let lm = load(&config, &Safetensors::open(&path).unwrap()).unwrap();
                 let (none, prompts) = (TokenControls::new(), [vec![0, 1, 2]]);
                 for choice in CHOICES {
-                    match sampling(&task(&*lm, &prompts, &none), choice, &mut ()) {
+                    match choice.run(&task(&*lm, &prompts, &none), &mut ()) {
                         Err(Error::NotFinite { .. }) => {}
                         Err(other) => panic!("{model}, {name} = {bad}: {other}"),
                         Ok(done) => {

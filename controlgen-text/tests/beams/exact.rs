@@ -3,7 +3,7 @@
 use controlgen_core::testing::{TableLm, TableLmConfig};
 use controlgen_core::{PerRow, Result, RowControl, TokenControl, TokenControls};
 use controlgen_text::controls::{NoRepeatNgram, RepetitionPenalty, Suppress};
-use controlgen_text::search::{BeamSearch, Choice, EarlyStopping, Finish, Hypothesis, Task, sampling};
+use controlgen_text::search::{BeamSearch, Choice, EarlyStopping, Finish, Hypothesis, Search as _, Task};
 use tch::Tensor;
 
 use crate::{EOS, Search, said, table, task};
@@ -216,7 +216,7 @@ fn one_beam_is_greedy_search() {
         let lm = table(7, seed);
         for controls in &stacks {
             let task = Task { max_new_tokens: 9, ..task(&lm, &prompts, controls) };
-            let greedy = sampling(&task, Choice::Greedy, &mut ()).unwrap();
+            let greedy = Choice::Greedy.run(&task, &mut ()).unwrap();
             for mode in &MODES[..2] {
                 let search = BeamSearch::new(1).unwrap().length_penalty(0.0).unwrap().early_stopping(*mode);
                 let beam = Search::Beam(search).run(&task, &mut ()).unwrap();

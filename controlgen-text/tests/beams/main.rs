@@ -11,9 +11,7 @@ use std::path::{Path, PathBuf};
 
 use controlgen_core::testing::{TableLm, TableLmConfig};
 use controlgen_core::{Error, LanguageModel, Pass, TokenControls};
-use controlgen_text::search::{
-    BeamSearch, DiverseBeamSearch, Finish, Hypothesis, Listener, Task, beam_search, diverse_beam_search,
-};
+use controlgen_text::search::{self, BeamSearch, DiverseBeamSearch, Finish, Hypothesis, Listener, Task};
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -60,8 +58,8 @@ impl Search {
 
     fn run(&self, task: &Task<'_>, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>, Error> {
         match self {
-            Self::Beam(search) => beam_search(task, search, listener),
-            Self::Diverse(search) => diverse_beam_search(task, search, listener),
+            Self::Beam(search) => search::Search::run(search, task, listener),
+            Self::Diverse(search) => search::Search::run(search, task, listener),
         }
     }
 }

@@ -4,7 +4,7 @@ use controlgen_core::progress::CancelToken;
 use controlgen_core::testing::{TableLm, TableLmConfig};
 use controlgen_core::{Error, Result, Rows, TokenControls};
 use controlgen_text::search::{
-    After, BeamSearch, Chosen, DiverseBeamSearch, Finish, Listener, Task, beam_search,
+    After, BeamSearch, Chosen, DiverseBeamSearch, Finish, Listener, Search as _, Task,
 };
 use controlgen_text::tokenizer::{Special, Tokenizer};
 use controlgen_text::{GenerationConfig, TextModel};
@@ -47,7 +47,7 @@ fn stop_strings_end_beams() {
     let model = model();
     let prompts: Vec<Vec<i64>> =
         PROMPTS.iter().map(|p| model.tokenizer().encode(p, Special::Add).unwrap()).collect();
-    let plain = model.generate_batch(PROMPTS).eos([]).beam_search(search(5)).n(5).max_new_tokens(6).run();
+    let plain = model.generate_batch(PROMPTS).eos([]).search(search(5)).n(5).max_new_tokens(6).run();
     let plain = plain.unwrap().completions;
     let (mut hits, none) = (0, TokenControls::new());
     // Pieces of what would have been said: each is hit by some beam, on the way or at the end.
@@ -59,10 +59,10 @@ fn stop_strings_end_beams() {
             }
             let stop: String = stop.iter().collect();
             let done = model.generate_batch(PROMPTS).eos([]).stop([stop.as_str()]);
-            let done = done.beam_search(search(5)).n(5).max_new_tokens(6).run().unwrap();
+            let done = done.search(search(5)).n(5).max_new_tokens(6).run().unwrap();
             let task = Task { eos: &[], n: 5, max_new_tokens: 6, ..task(model.lm(), &prompts, &none) };
             let mut listener = Decoded { tokenizer: model.tokenizer(), stop: &stop, rows: vec![(); 2] };
-            let expected = beam_search(&task, &search(5), &mut listener).unwrap();
+            let expected = search(5).run(&task, &mut listener).unwrap();
             assert_eq!(done.completions.len(), expected.len());
             for (found, expected) in done.completions.iter().zip(&expected) {
                 assert_eq!(
@@ -99,7 +99,7 @@ fn a_configuration_says_the_same() {
         let said = config(&format!(
             r#"{{ "num_beams": 4, "length_penalty": 0.3, "early_stopping": {word}, "num_return_sequences": 3 }}"#
         ));
-        assert_eq!(run(start().config(&said)), run(start().beam_search(beam).n(3)));
+        assert_eq!(run(start().config(&said)), run(start().search(beam).n(3)));
         assert_eq!(serde_json::to_value(&said).unwrap()["early_stopping"].to_string(), word);
         let said = config(&format!(
             r#"{{ "num_beams": 4, "length_penalty": 0.3, "early_stopping": {word}, "num_return_sequences": 3,
@@ -107,8 +107,8 @@ fn a_configuration_says_the_same() {
         ));
         let diverse = DiverseBeamSearch::new(beam, 2, 1.5).unwrap();
         let found = run(start().config(&said));
-        assert_eq!(found, run(start().diverse_beam_search(diverse).n(3)));
-        assert_ne!(found, run(start().beam_search(beam).n(3)));
+        assert_eq!(found, run(start().search(diverse).n(3)));
+        assert_ne!(found, run(start().search(beam).n(3)));
     }
     // What files of transformers say of beams without using any.
     let one = config(
@@ -140,7 +140,7 @@ fn what_beams_cannot_do_is_refused() {
         let json = format!(r#"{{ "early_stopping": {bad} }}"#);
         assert!(serde_json::from_str::<GenerationConfig>(&json).is_err(), "{json}");
     }
-    let streamed = model.generate("a").beam_search(search(2)).on_text(|_| {}).run().unwrap_err();
+    let streamed = model.generate("a").search(search(2)).on_text(|_| {}).run().unwrap_err();
     assert!(matches!(streamed, Error::Unsupported { .. }), "{streamed}");
     assert!(streamed.to_string().contains("taken back"), "{streamed}");
 }
@@ -152,7 +152,7 @@ fn steps_are_told_and_stop() {
     let done = model
         .generate_batch(PROMPTS)
         .eos([])
-        .beam_search(search(3))
+        .search(search(3))
         .max_new_tokens(6)
         .cancel(&cancel)
         .on_step(|tokens| {

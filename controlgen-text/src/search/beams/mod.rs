@@ -1,15 +1,24 @@
 //! What searches by beams share: all beams of all prompts in one batch, whose rows fork and are dropped.
 
+mod rule;
+mod set;
+
+use std::collections::HashSet;
 use std::iter;
+use std::ops::Range;
 
 use controlgen_core::progress::Flow;
 use controlgen_core::{Error, Result, Rows, TokenControl};
-use tch::Kind;
+use tch::{Kind, Tensor};
 
-use super::beam::{Beam, BeamSearch, Beams, Candidate};
+use super::beam::BeamSearch;
 use super::diverse_beam::Taken;
 use super::{After, Chosen, Finish, Hypothesis, Listener, Live, Task, rows_of};
-use crate::controls::{dims, to_vec};
+use crate::controls::{dims, in_vocabulary, to_vec};
+use set::in_order;
+
+pub(super) use rule::{ByScore, Candidate, Pick, Pool, Rule, Sight};
+pub(super) use set::{Beam, Beams};
 
 /// What is searched for: `groups` groups of beams a prompt.
 pub(super) struct Plan {
@@ -33,7 +42,7 @@ impl Plan {
     }
 
     /// How many candidates a group looks at: enough to go on with, even if each of its beams can end in every way.
-    fn candidates(&self, task: &Task<'_>) -> usize {
+    pub(super) fn candidates(&self, task: &Task<'_>) -> usize {
         let mut ends = task.eos.to_vec();
         ends.sort_unstable();
         ends.dedup();
@@ -41,23 +50,32 @@ impl Plan {
     }
 }
 
-pub(super) fn run(task: &Task<'_>, plan: &Plan, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
+pub(super) fn run<R: Rule>(
+    task: &Task<'_>,
+    plan: &Plan,
+    rule: &R,
+    listener: &mut dyn Listener,
+) -> Result<Vec<Hypothesis>> {
     let _guard = tch::no_grad_guard();
     plan.validate(task)?;
     let mut live = Live::start(task)?;
     let groups = plan.groups;
     // The groups of a prompt stand together, and read its row until they have rows of their own.
-    let mut sets: Vec<Beams> =
-        (0..task.prompts.len() * groups).map(|i| i.div_euclid(groups)).map(|p| Beams::new(p, p)).collect();
+    let of_prompt = |i: usize| {
+        let prompt = i.div_euclid(groups);
+        Ok(Beams::new(prompt, prompt, rule.start(prompt, &task.prompts[prompt])?))
+    };
+    let mut sets = (0..task.prompts.len() * groups).map(of_prompt).collect::<Result<Vec<_>>>()?;
     let room = usize::try_from(live.room(task)?).unwrap_or(0);
     let longest = task.max_new_tokens.min(room + 1);
     let end = if longest < task.max_new_tokens { Finish::Context } else { Finish::Length };
 
     for step in 0..longest {
-        let best = Best::of(task, plan, &mut live)?;
+        let best = Best::of(task, plan, rule, &sets, &mut live)?;
         best.check(&sets, step)?;
         let last = (step + 1 == longest).then_some(&end);
-        let Forks { going, ending } = choose(task, plan, &mut sets, &best, last, listener)?;
+        let sight = Sight { task, plan, live: &live, left: longest - step };
+        let Forks { going, ending } = choose(&sight, rule, &mut sets, &best, last, listener)?;
         advance(task, &mut live, &going, &ending)?;
         let chosen = going.len() + ending.len();
         for (row, (fork, ended)) in iter::zip(going.len().., ending) {
@@ -67,12 +85,12 @@ pub(super) fn run(task: &Task<'_>, plan: &Plan, listener: &mut dyn Listener) -> 
         for set in sets.iter_mut().filter(|set| !set.is_over()) {
             set.settle(&plan.beams, step + 1, longest);
         }
-        let lost = |sets: &&[Beams]| sets.iter().all(|set| set.is_over() && !set.has_finished());
-        if let Some(set) = sets.chunks(groups).find(lost).and_then(<[Beams]>::first) {
+        let lost = |sets: &&[Beams<R::Memo>]| sets.iter().all(|set| set.is_over() && !set.has_finished());
+        if let Some(set) = sets.chunks(groups).find(lost).and_then(<[_]>::first) {
             return Err(Error::AllBanned { row: set.prompt, step });
         }
         if listener.step(chosen as u64) == Flow::Stop {
-            finish_all(task, plan, &live, &mut sets, &Finish::Cancelled)?;
+            finish_all(task, plan, rule, &live, &mut sets, &Finish::Cancelled)?;
         }
         let kept: Vec<usize> =
             sets.iter_mut().flat_map(|set| &mut set.running).enumerate().map(renumber).collect();
@@ -81,7 +99,7 @@ pub(super) fn run(task: &Task<'_>, plan: &Plan, listener: &mut dyn Listener) -> 
         }
         follow(task, &mut live, listener, &kept, &going, chosen)?;
     }
-    finish_all(task, plan, &live, &mut sets, &end)?;
+    finish_all(task, plan, rule, &live, &mut sets, &end)?;
 
     let mut all = Vec::with_capacity(task.prompts.len() * task.n);
     let mut sets = sets.into_iter().peekable();
@@ -89,28 +107,36 @@ pub(super) fn run(task: &Task<'_>, plan: &Plan, listener: &mut dyn Listener) -> 
         let mut found: Vec<Hypothesis> = iter::from_fn(|| sets.next_if(|set| set.prompt == prompt))
             .flat_map(Beams::into_finished)
             .collect();
-        found.sort_by(|a, b| b.score.total_cmp(&a.score));
+        found.sort_by(in_order);
         found.truncate(task.n);
         all.extend(iter::zip(0.., found).map(|(sample, found)| Hypothesis { sample, ..found }));
     }
     Ok(all)
 }
 
-/// The best tokens of each row.
+/// What is known of the tokens that may follow each row.
 struct Best {
     rows: usize,
-    /// How many there are of each.
+    /// How many of the best there are of each row.
     k: usize,
-    /// Of these three, k of the first row come first; best first.
+    /// k of the first row come first, best first; after all rows, the tokens that were wanted besides.
     tokens: Vec<i64>,
-    /// Under the model and its controls, not normalised again.
+    /// Their scores under the model and its controls, not normalised again.
     scores: Vec<f32>,
     /// Under the model alone.
     logprobs: Vec<f32>,
+    /// Where each row's tokens that were wanted besides begin; one more than there are rows.
+    besides: Vec<usize>,
 }
 
 impl Best {
-    fn of(task: &Task<'_>, plan: &Plan, live: &mut Live) -> Result<Self> {
+    fn of<R: Rule>(
+        task: &Task<'_>,
+        plan: &Plan,
+        rule: &R,
+        sets: &[Beams<R::Memo>],
+        live: &mut Live,
+    ) -> Result<Self> {
         // With all tokens that a group is to avoid among the best, enough others are left.
         let avoided = (plan.groups - 1).saturating_mul(plan.beams.num_beams);
         let k = i64::try_from(plan.candidates(task).saturating_add(avoided)).unwrap_or(i64::MAX);
@@ -121,19 +147,56 @@ impl Best {
             task.controls.score(&mut live.controls, own.f_detach_copy()?)?
         };
         let (rows, vocab) = dims(&scores)?;
-        let (scores, tokens) = scores.f_topk(k.min(vocab), -1, true, true)?; // (R, k)
+        let (best, tokens) = scores.f_topk(k.min(vocab), -1, true, true)?; // (R, k)
         let logprobs = own.f_gather(-1, &tokens, false)?;
-        Ok(Self {
+        let mut all = Self {
             rows: usize::try_from(rows).unwrap_or(0),
             k: usize::try_from(k.min(vocab)).unwrap_or(0),
             tokens: Vec::try_from(tokens.f_flatten(0, -1)?)?,
-            scores: to_vec(&scores)?,
+            scores: to_vec(&best)?,
             logprobs: to_vec(&logprobs)?,
-        })
+            besides: Vec::new(),
+        };
+        let cells = all.want(rule, sets, vocab)?;
+        if !cells.is_empty() {
+            let cells = Tensor::f_from_slice(&cells)?.f_to_device(scores.device())?;
+            all.scores.extend(to_vec(&scores.f_take(&cells)?)?);
+            all.logprobs.extend(to_vec(&own.f_take(&cells)?)?);
+        }
+        Ok(all)
+    }
+
+    /// Adds the tokens that the rule wants and the best are not, and tells their cells, row · V + token.
+    fn want<R: Rule>(&mut self, rule: &R, sets: &[Beams<R::Memo>], vocab: i64) -> Result<Vec<i64>> {
+        let mut wanted = vec![Vec::new(); self.rows];
+        for Beam { row, memo, .. } in sets.iter().flat_map(|set| &set.running) {
+            let mut tokens = rule.wanted(memo)?;
+            tokens.sort_unstable();
+            tokens.dedup();
+            tokens.iter().try_for_each(|&token| in_vocabulary("wanted token", token, vocab))?;
+            // Groups read one row as long as they have said nothing: they want the same of it.
+            wanted[*row] = tokens;
+        }
+        let mut cells = Vec::new();
+        for (row, tokens) in iter::zip(0i64.., wanted) {
+            self.besides.push(self.tokens.len());
+            let best: HashSet<i64> = self.tokens[self.of_row(row as usize)].iter().copied().collect();
+            for token in tokens.into_iter().filter(|token| !best.contains(token)) {
+                self.tokens.push(token);
+                cells.push(row * vocab + token);
+            }
+        }
+        self.besides.push(self.tokens.len());
+        Ok(cells)
+    }
+
+    /// Where a row's best are.
+    fn of_row(&self, row: usize) -> Range<usize> {
+        row * self.k..(row + 1) * self.k
     }
 
     /// Refuses scores that are no numbers: they come first.
-    fn check(&self, sets: &[Beams], step: usize) -> Result<()> {
+    fn check<M>(&self, sets: &[Beams<M>], step: usize) -> Result<()> {
         for set in sets {
             for beam in &set.running {
                 let best = self.scores[beam.row * self.k];
@@ -147,11 +210,11 @@ impl Best {
         Ok(())
     }
 
-    /// The best candidates of a group, best first.
-    fn candidates(&self, task: &Task<'_>, plan: &Plan, set: &Beams, taken: &Taken) -> Vec<Candidate> {
+    /// The candidates of a group, best first.
+    fn candidates<M>(&self, plan: &Plan, set: &Beams<M>, taken: &Taken) -> Vec<Candidate> {
         let mut all = Vec::with_capacity(set.running.len() * self.k);
-        for (beam, Beam { row, so_far }) in set.running.iter().enumerate() {
-            for at in row * self.k..(row + 1) * self.k {
+        for (beam, Beam { row, so_far, .. }) in set.running.iter().enumerate() {
+            for at in self.of_row(*row).chain(self.besides[*row]..self.besides[row + 1]) {
                 let token = self.tokens[at];
                 let penalty = plan.diversity_penalty * taken.count(token) as f64;
                 let score = so_far.score + f64::from(self.scores[at]) - penalty;
@@ -161,7 +224,6 @@ impl Best {
             }
         }
         all.sort_by(|a, b| b.score.total_cmp(&a.score));
-        all.truncate(plan.candidates(task));
         all
     }
 }
@@ -186,33 +248,38 @@ struct Forks {
 }
 
 /// Chooses what goes on and what ends, group after group; all do where this step is the `last`.
-fn choose(
-    task: &Task<'_>,
-    plan: &Plan,
-    sets: &mut [Beams],
+fn choose<R: Rule>(
+    sight: &Sight<'_>,
+    rule: &R,
+    sets: &mut [Beams<R::Memo>],
     best: &Best,
     last: Option<&Finish>,
     listener: &mut dyn Listener,
 ) -> Result<Forks> {
+    let (task, plan) = (sight.task, sight.plan);
     let num_beams = plan.beams.num_beams;
     let mut forks = Forks { going: Vec::new(), ending: Vec::new() };
     let mut taken: Vec<Taken> = task.prompts.iter().map(|_| Taken::default()).collect();
     // Rows that the listener has: those of the batch, then a fork for each candidate that it is asked about.
     let mut told = best.rows;
     for group in 0..plan.groups {
-        let of_group = || (group..sets.len()).step_by(plan.groups).filter(|&set| !sets[set].is_over());
-        let candidates: Vec<(usize, Vec<Candidate>)> = of_group()
-            .map(|set| (set, best.candidates(task, plan, &sets[set], &taken[sets[set].prompt])))
-            .collect();
-        let asked = candidates.iter().flat_map(|(set, all)| all.iter().map(move |c| (set, c)));
-        let asked = asked.filter(|(_, candidate)| !task.eos.contains(&candidate.token));
-        let parents = asked.map(|(&set, candidate)| sets[set].running[candidate.beam].row);
+        let of_group: Vec<usize> =
+            (group..sets.len()).step_by(plan.groups).filter(|&set| !sets[set].is_over()).collect();
+        let pool = |&set: &usize| {
+            let set = &sets[set];
+            Pool { set, candidates: best.candidates(plan, set, &taken[set.prompt]) }
+        };
+        let picks = rule.choose(sight, of_group.iter().map(pool).collect())?;
+        let asked =
+            iter::zip(&of_group, &picks).flat_map(|(set, all)| all.iter().map(move |pick| (set, pick)));
+        let asked = asked.filter(|(_, pick)| !task.eos.contains(&pick.candidate.token));
+        let parents = asked.map(|(&set, pick)| sets[set].running[pick.candidate.beam].row);
         let rows: Vec<i64> = (0..told).chain(parents).map(|row| row as i64).collect();
         listener.reorder(&rows)?;
 
-        for (set, candidates) in candidates {
+        for (set, picks) in iter::zip(of_group, picks) {
             let mut running = Vec::with_capacity(num_beams);
-            for (rank, candidate) in candidates.iter().enumerate() {
+            for (rank, Pick { candidate, memo }) in picks.into_iter().enumerate() {
                 let token = candidate.token;
                 let fork = Fork { set, parent: sets[set].running[candidate.beam].row, told, token };
                 let ends = task.eos.contains(&token);
@@ -220,7 +287,7 @@ fn choose(
                 if rank >= num_beams && (ends || running.len() == num_beams) {
                     continue;
                 }
-                let mut so_far = sets[set].extended(candidate, ends.then_some(Finish::Eos(token)));
+                let mut so_far = sets[set].extended(&candidate, ends.then_some(Finish::Eos(token)));
                 if !ends {
                     let after = listener.token(Chosen { so_far: &so_far, token, row: fork.told })?;
                     let finish = if after == After::Finish { Some(&Finish::Stopped) } else { last };
@@ -231,12 +298,13 @@ fn choose(
                         taken[sets[set].prompt].add(token);
                     }
                     let Some(finish) = finish else {
-                        running.push(Beam { row: forks.going.len(), so_far });
+                        running.push(Beam { row: forks.going.len(), so_far, memo });
                         forks.going.push(fork);
                         continue;
                     };
                     so_far.finish = finish.clone();
                 }
+                so_far.unmet = rule.unmet(&memo);
                 forks.ending.push((fork, so_far));
             }
             sets[set].running = running;
@@ -277,16 +345,24 @@ fn follow(
 }
 
 /// Gives a beam the row that it has in what is left; the row that it had.
-fn renumber((row, beam): (usize, &mut Beam)) -> usize {
+fn renumber<M>((row, beam): (usize, &mut Beam<M>)) -> usize {
     std::mem::replace(&mut beam.row, row)
 }
 
 /// Ends all that goes on.
-fn finish_all(task: &Task<'_>, plan: &Plan, live: &Live, sets: &mut [Beams], finish: &Finish) -> Result<()> {
+fn finish_all<R: Rule>(
+    task: &Task<'_>,
+    plan: &Plan,
+    rule: &R,
+    live: &Live,
+    sets: &mut [Beams<R::Memo>],
+    finish: &Finish,
+) -> Result<()> {
     for set in sets {
-        for Beam { row, so_far } in std::mem::take(&mut set.running) {
+        for Beam { row, so_far, memo } in std::mem::take(&mut set.running) {
             let log_weight = task.controls.finish(&live.controls, row)?;
-            set.finish(&plan.beams, Hypothesis { finish: finish.clone(), ..so_far }, log_weight)?;
+            let ended = Hypothesis { finish: finish.clone(), unmet: rule.unmet(&memo), ..so_far };
+            set.finish(&plan.beams, ended, log_weight)?;
         }
         set.settle(&plan.beams, 0, 0);
     }

@@ -1,0 +1,72 @@
+//! The controls of the table, and what they promise of texts.
+
+use controlgen_core::{TokenControl, TokenControls};
+use controlgen_text::controls::{
+    BannedWords, EpsilonCutoff, EtaCutoff, ForcedPrefix, FrequencyPresence, LogitBias, MinLength, MinP,
+    NoRepeatNgram, RepetitionPenalty, Suppress, Temperature, TopK, TopP, Typical,
+};
+use controlgen_text::search::Finish;
+use controlgen_text::{Completion, TextModel};
+
+use crate::EOS;
+
+type Holds = Box<dyn Fn(&str, &Completion) -> Result<(), String>>;
+
+pub struct Case {
+    pub name: &'static str,
+    pub stack: TokenControls,
+    /// What the control promises of a completion of a prompt.
+    pub holds: Holds,
+}
+
+/// One that promises nothing but to ban what it bans.
+fn case(name: &'static str, control: impl TokenControl) -> Case {
+    promising(name, control, |_, _| Ok(()))
+}
+
+fn promising(
+    name: &'static str,
+    control: impl TokenControl,
+    holds: impl Fn(&str, &Completion) -> Result<(), String> + 'static,
+) -> Case {
+    Case { name, stack: TokenControls::new().with(control), holds: Box::new(holds) }
+}
+
+fn demand(holds: bool, broken: &str) -> Result<(), String> {
+    if holds { Ok(()) } else { Err(broken.to_owned()) }
+}
+
+pub fn all(model: &TextModel) -> Vec<Case> {
+    let tokenizer = model.tokenizer();
+    vec![
+        Case { name: "none", stack: TokenControls::new(), holds: Box::new(|_, _| Ok(())) },
+        case("temperature", Temperature::new(0.7).unwrap()),
+        case("top-k", TopK::new(1).unwrap()),
+        case("top-p", TopP::new(0.8).unwrap()),
+        case("min-p", MinP::new(0.1).unwrap()),
+        case("typical", Typical::new(0.6).unwrap()),
+        case("epsilon cutoff", EpsilonCutoff::new(1e-3).unwrap()),
+        case("eta cutoff", EtaCutoff::new(1e-3).unwrap()),
+        case("repetition penalty", RepetitionPenalty::new(1.4).unwrap()),
+        case("frequency and presence", FrequencyPresence::new(0.3, 0.4).unwrap()),
+        promising("no repeated n-gram", NoRepeatNgram::new(1).unwrap(), |_, c| {
+            let mut ids = c.ids.clone();
+            ids.sort_unstable();
+            ids.dedup();
+            demand(ids.len() == c.ids.len(), "a token twice")
+        }),
+        promising("suppress", Suppress::new([EOS]).unwrap(), |_, c| {
+            demand(c.finish == Finish::Length, "it ended")
+        }),
+        promising("banned words", BannedWords::words(tokenizer, ["e", "the"]).unwrap(), |_, c| {
+            demand(!c.text.split(' ').any(|word| word == "the"), "the word")
+        }),
+        case("logit bias", LogitBias::new([(5, 3.0), (7, f64::NEG_INFINITY)]).unwrap()),
+        promising("minimum length", MinLength::new(4, [EOS]).unwrap(), |_, c| {
+            demand(c.ids.len() >= 4, "too short")
+        }),
+        promising("forced prefix", ForcedPrefix::new([40, 41, 42]).unwrap(), |_, c| {
+            demand(c.ids.starts_with(&[40, 41, 42]), "another beginning")
+        }),
+    ]
+}
