@@ -91,7 +91,6 @@ fn judges_score_the_continuation() {
         assert!((found.log_prob - expected).abs() < 1e-4, "{text:?}: {found:?}, {expected}");
     }
     assert_eq!((found[1].tokens, found[1].log_prob), (0, 0.0));
-    assert!(matches!(Judge::new(&model).likelihoods("", &["a"]), Err(Error::Value { .. })));
 }
 
 #[test]

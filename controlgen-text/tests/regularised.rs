@@ -4,9 +4,7 @@
 use controlgen_core::testing::{TableLm, TableLmConfig};
 use controlgen_core::{Error, Pass, TokenControl, TokenControls};
 use controlgen_text::controls::{Regularised, Regulariser, Suppress};
-use controlgen_text::search::{
-    BeamSearch, Choice, EarlyStopping, Finish, Hypothesis, Task, beam_search, sampling,
-};
+use controlgen_text::search::{BeamSearch, Choice, EarlyStopping, Finish, Hypothesis, Search, Task};
 use tch::{Kind, Tensor};
 
 const EOS: i64 = 1;

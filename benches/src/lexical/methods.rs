@@ -21,6 +21,8 @@ pub struct Job<'j> {
 pub struct Method {
     /// As it is asked for and printed.
     pub name: &'static str,
+    /// Whether it makes the same text for every set, knowing neither words nor seed: it is made once.
+    pub blind: bool,
     /// Puts search and controls to a generation that has its prompt and length.
     pub make: for<'a> fn(&Job<'_>, Generate<'a>) -> Result<Generate<'a>>,
 }
@@ -30,6 +32,14 @@ pub const REFERENCE: &str = "reference";
 
 /// In the order of the table.
 pub const METHODS: &[Method] = &[
-    Method { name: REFERENCE, make: |job, generate| Ok(generate.with(TopP::new(0.9)?).sample(job.seed)) },
-    Method { name: "beam", make: |job, generate| Ok(generate.search(BeamSearch::new(job.beams)?)) },
+    Method {
+        name: REFERENCE,
+        blind: false,
+        make: |job, generate| Ok(generate.with(TopP::new(0.9)?).sample(job.seed)),
+    },
+    Method {
+        name: "beam",
+        blind: true,
+        make: |job, generate| Ok(generate.search(BeamSearch::new(job.beams)?)),
+    },
 ];

@@ -84,6 +84,11 @@ impl Records {
         self.all.get(&(method.to_owned(), sets::plain(set)))
     }
 
+    /// A text that a method made of any set.
+    pub fn any(&self, method: &str) -> Option<&Record> {
+        self.all.values().find(|record| record.method == method)
+    }
+
     /// Takes a text, and puts it on the disk.
     pub fn append(&mut self, record: Record) -> Result<()> {
         self.write(&record)?;
