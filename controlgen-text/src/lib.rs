@@ -32,11 +32,13 @@ mod generate;
 pub mod gguf;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod lexical;
 pub mod models;
 pub mod sample;
 mod score;
 pub mod search;
 pub mod tokenizer;
+pub mod words;
 
 pub use generate::{Completion, Generate, Generation, GenerationConfig, OneOrMany, Piece, TextModel};
 pub use score::{Scored, score_completions, score_text};

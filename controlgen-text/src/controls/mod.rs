@@ -32,6 +32,7 @@
 //! | [`MinLength`] | bans the end of the text until it is long enough | potential |
 //! | [`Watermark`] | raises tokens that a key and the tokens before pick | potential |
 //! | [`ForcedPrefix`] | bans all but the given first tokens | potential |
+//! | [`LexicalConstraints`] | bans what loses clauses over words and phrases, and leads to them | potential |
 //!
 //! What transformers' processors of the same names give is what these give, on rows of any history. Where several
 //! tokens are tied, each control says what it does. A row of which nothing is left is all −∞; it is for the search
@@ -71,6 +72,7 @@ mod epsilon_cutoff;
 mod eta_cutoff;
 mod forced_prefix;
 mod frequency_presence;
+mod lexical_constraints;
 mod logit_bias;
 mod mass;
 mod min_length;
@@ -92,6 +94,7 @@ pub use epsilon_cutoff::EpsilonCutoff;
 pub use eta_cutoff::EtaCutoff;
 pub use forced_prefix::ForcedPrefix;
 pub use frequency_presence::FrequencyPresence;
+pub use lexical_constraints::LexicalConstraints;
 pub use logit_bias::LogitBias;
 pub use min_length::MinLength;
 pub use min_p::MinP;

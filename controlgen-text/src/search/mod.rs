@@ -3,6 +3,8 @@
 mod beam;
 mod beams;
 mod diverse_beam;
+mod look_ahead;
+mod neurologic;
 mod sampling;
 
 use controlgen_core::progress::Flow;
@@ -15,6 +17,7 @@ use crate::controls::in_vocabulary;
 
 pub use beam::{BeamSearch, EarlyStopping};
 pub use diverse_beam::DiverseBeamSearch;
+pub use neurologic::NeuroLogic;
 pub use sampling::Choice;
 
 /// A way to find completions. Its settings are the value; a run changes nothing in it.
