@@ -13,6 +13,7 @@ use std::time::Instant;
 use controlgen_core::{Error, Placement, Result};
 use controlgen_text::TextModel;
 use controlgen_text::evaluation::Judge;
+use controlgen_text::words::TokenTrie;
 use indicatif::{ProgressBar, ProgressStyle};
 
 pub use methods::{Job, METHODS, Method};
@@ -47,6 +48,7 @@ pub fn run(arguments: impl Iterator<Item = String>) -> Result<()> {
         .collect();
     if !wanted.is_empty() {
         let model = TextModel::open(&options.model, Placement::CPU)?;
+        let trie = TokenTrie::new(model.tokenizer())?;
         let judge = Judge::new(&model);
         let bar = progress(wanted.len());
         for (method, set) in wanted {
@@ -54,7 +56,13 @@ pub fn run(arguments: impl Iterator<Item = String>) -> Result<()> {
             let again = records.any(method.name).filter(|_| method.blind);
             let record = match again {
                 Some(made) => Record { concepts: sets::plain(&sets[set]), ..made.clone() },
-                None => complete(&options, &model, &judge, method, (set, &sets[set]))?,
+                None => {
+                    let seed = options.seed.wrapping_add(set as u64);
+                    let (tokens, beams) = (options.tokens, options.beams);
+                    let concepts = &sets[set];
+                    let job = Job { model: &model, trie: &trie, concepts, tokens, beams, seed };
+                    complete(&options.prompt, &judge, method, &job)?
+                }
             };
             records.append(record)?;
             bar.inc(1);
@@ -71,23 +79,16 @@ pub fn run(arguments: impl Iterator<Item = String>) -> Result<()> {
 }
 
 /// One text, judged. The time is the text's alone.
-fn complete(
-    options: &Options,
-    model: &TextModel,
-    judge: &Judge,
-    method: &Method,
-    (number, concepts): (usize, &[Vec<String>]),
-) -> Result<Record> {
-    let job = Job { model, concepts, beams: options.beams, seed: options.seed.wrapping_add(number as u64) };
+fn complete(prompt: &str, judge: &Judge, method: &Method, job: &Job<'_>) -> Result<Record> {
     let begin = Instant::now();
-    let generate = model.generate(&options.prompt).max_new_tokens(options.tokens);
-    let generation = (method.make)(&job, generate)?.run()?;
+    let generate = job.model.generate(prompt).max_new_tokens(job.tokens);
+    let generation = (method.make)(job, generate)?.run()?;
     let seconds = begin.elapsed().as_secs_f64();
     let text = generation.text().to_owned();
-    let likelihood = judge.likelihoods(&options.prompt, &[&text])?;
+    let likelihood = judge.likelihoods(prompt, &[&text])?;
     let likelihood = likelihood.first().copied();
     let (log_prob, tokens) = likelihood.map_or((0.0, 0), |found| (found.log_prob, found.tokens));
-    let concepts = sets::plain(concepts);
+    let concepts = sets::plain(job.concepts);
     Ok(Record { method: method.name.into(), concepts, text, log_prob, tokens, seconds })
 }
 

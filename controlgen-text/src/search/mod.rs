@@ -2,10 +2,15 @@
 
 mod beam;
 mod beams;
+mod best_of;
 mod diverse_beam;
+mod energies;
 mod look_ahead;
 mod neurologic;
+mod resampling;
 mod sampling;
+mod smc;
+mod stochastic_beam;
 
 use controlgen_core::progress::Flow;
 use controlgen_core::{
@@ -16,9 +21,12 @@ use tch::{Kind, Tensor};
 use crate::controls::in_vocabulary;
 
 pub use beam::{BeamSearch, EarlyStopping};
+pub use best_of::BestOf;
 pub use diverse_beam::DiverseBeamSearch;
 pub use neurologic::NeuroLogic;
 pub use sampling::Choice;
+pub use smc::{Particles, Smc};
+pub use stochastic_beam::{Drawn, StochasticBeamSearch};
 
 /// A way to find completions. Its settings are the value; a run changes nothing in it.
 pub trait Search {
@@ -141,6 +149,14 @@ pub struct Hypothesis {
     pub finish: Finish,
     /// The clauses that the search was to meet and this does not, by number; none in a search without clauses.
     pub unmet: Vec<usize>,
+}
+
+impl Hypothesis {
+    /// Nothing said yet.
+    fn empty(prompt: usize, sample: usize) -> Self {
+        let (ids, logprobs, unmet) = (Vec::new(), Vec::new(), Vec::new());
+        Self { prompt, sample, ids, logprobs, score: 0.0, finish: Finish::Length, unmet }
+    }
 }
 
 /// A token was chosen.
