@@ -61,6 +61,8 @@ fn token_controls() {
             control(&format!("{regulariser:?}"), &Regularised::new(regulariser, weight).unwrap());
         }
     }
+    control("watermark", &Watermark::new(3, 0.4, 2.0).unwrap());
+    control("watermark", &Watermark::new(3, 0.4, 2.0).unwrap().context(3).unwrap());
     let stack = TokenControls::new()
         .with(RepetitionPenalty::new(1.3).unwrap())
         .with(NoRepeatNgram::new(2).unwrap())

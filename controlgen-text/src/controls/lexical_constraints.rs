@@ -1,6 +1,6 @@
 //! Lexical constraints as a mask, and as a potential.
 
-use controlgen_core::{Error, Result, Rows, TokenControl};
+use controlgen_core::{Result, Rows, TokenControl};
 use tch::Tensor;
 
 use super::check;
@@ -47,7 +47,7 @@ impl LexicalConstraints {
     /// The clauses of all prompts, or of each ([`ClausesOf`]); `eos` are the tokens that end a text.
     ///
     /// # Errors
-    /// [`Error::Value`] for no `eos` and for negative ones. `start` returns it where there are clauses for another
+    /// [`Error::Value`](controlgen_core::Error::Value) for no `eos` and for negative ones. `start` returns it where there are clauses for another
     /// number of prompts, `score` where the vocabulary lacks a token.
     pub fn new(clauses: impl Into<ClausesOf>, eos: impl IntoIterator<Item = i64>) -> Result<Self> {
         let eos = TokenSet::new("end-of-text tokens", eos)?;
@@ -70,7 +70,7 @@ impl LexicalConstraints {
     /// The reward λ for a clause, in nats; 0 unless said.
     ///
     /// # Errors
-    /// [`Error::Value`] for a negative one, and one that is no finite number.
+    /// [`Error::Value`](controlgen_core::Error::Value) for a negative one, and one that is no finite number.
     pub fn reward(self, reward: f64) -> Result<Self> {
         let holds = reward.is_finite() && reward >= 0.0;
         Ok(Self {
@@ -108,8 +108,7 @@ impl TokenControl for LexicalConstraints {
         self.clauses.check(prompts.len())?;
         let start = |(i, prompt): (usize, &Vec<i64>)| {
             check::tokens(&format!("prompt {i}"), prompt)?;
-            let clauses =
-                self.clauses.prompt(i).ok_or_else(|| Error::value("prompts", "as many as clauses", i))?;
+            let clauses = self.clauses.get(i)?;
             let progress = clauses.start(prompt);
             let fits = |length: usize| {
                 let room = |gap: &usize| clauses.need(&progress, *gap).is_some_and(|need| need <= length);

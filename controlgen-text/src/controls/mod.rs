@@ -30,6 +30,7 @@
 //! | [`LogitBias`] | adds to the scores of tokens, and of sequences' last tokens | potential |
 //! | [`Regularised`] | lowers tokens that spread the surprisal unevenly | potential |
 //! | [`MinLength`] | bans the end of the text until it is long enough | potential |
+//! | [`Watermark`] | raises tokens that a key and the tokens before pick | potential |
 //! | [`ForcedPrefix`] | bans all but the given first tokens | potential |
 //! | [`LexicalConstraints`] | bans what loses clauses over words and phrases, and leads to them | potential |
 //!
@@ -86,6 +87,7 @@ mod temperature;
 mod top_k;
 mod top_p;
 mod typical;
+mod watermark;
 
 pub use banned_words::BannedWords;
 pub use epsilon_cutoff::EpsilonCutoff;
@@ -104,5 +106,6 @@ pub use temperature::Temperature;
 pub use top_k::TopK;
 pub use top_p::TopP;
 pub use typical::Typical;
+pub use watermark::{Detection, Watermark, WatermarkDetector};
 
 pub(crate) use scores::{dims, in_vocabulary, to_vec};

@@ -169,6 +169,31 @@ impl Clauses {
         after
     }
 
+    /// The tokens that begin or continue a word of a clause that is not `held`, on the shortest ways to it. Repetitions
+    /// are not dropped.
+    pub(crate) fn leads(&self, progress: &Progress, held: ClauseSet) -> Vec<i64> {
+        let mut leads = Vec::new();
+        for clause in self.all().without(held).iter() {
+            for literal in &self.shared.formula.clauses[clause] {
+                if let Says::AtLeast(_, word) = *literal {
+                    leads.extend(self.shared.reach.leads(progress.place, word));
+                }
+            }
+        }
+        leads
+    }
+
+    /// The greatest share of a word that stands at the end, of the clauses that are not `held`.
+    pub(crate) fn most_coming(&self, progress: &Progress, held: ClauseSet) -> f64 {
+        let needed = |(word, _): &&(u32, f32)| {
+            let clauses = &self.shared.formula.of_word[*word as usize];
+            let wants = |literal: &Says<u32>| matches!(literal, Says::AtLeast(_, other) if other == word);
+            clauses.iter().any(|&c| !held.contains(c) && self.shared.formula.clauses[c].iter().any(wants))
+        };
+        let coming = self.words().progress(progress.place).iter().filter(needed);
+        coming.fold(0.0, |most, (_, share)| f64::from(*share).max(most))
+    }
+
     /// More tokens than [`Clauses::need`] ever asks for.
     pub(crate) fn most(&self, gap: usize) -> usize {
         let Shared { formula, reach, .. } = &*self.shared;
@@ -288,8 +313,9 @@ pub struct ClausesOf {
 
 impl ClausesOf {
     /// Those of a prompt.
-    pub(crate) fn prompt(&self, prompt: usize) -> Option<&Clauses> {
-        self.all.get(if self.shared { 0 } else { prompt })
+    pub(crate) fn get(&self, prompt: usize) -> Result<&Clauses> {
+        let found = self.all.get(if self.shared { 0 } else { prompt });
+        found.ok_or_else(|| Error::value("prompt of the clauses", format!("0 .. {}", self.all.len()), prompt))
     }
 
     /// Refuses as many prompts, where there are not clauses for each.
