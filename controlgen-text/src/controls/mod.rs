@@ -58,6 +58,10 @@ macro_rules! proposal {
             fn role(&self) -> controlgen_core::Role {
                 controlgen_core::Role::Proposal
             }
+
+            fn bans(&self) -> controlgen_core::Bans {
+                controlgen_core::Bans::NotTheLast
+            }
         }
     };
 }
