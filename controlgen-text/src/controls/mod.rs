@@ -103,4 +103,4 @@ pub use top_k::TopK;
 pub use top_p::TopP;
 pub use typical::Typical;
 
-pub(crate) use scores::{dims, in_vocabulary, to_vec};
+pub(crate) use scores::{ban_where, dims, in_vocabulary, to_vec};
