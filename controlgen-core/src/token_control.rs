@@ -250,6 +250,26 @@ impl TokenControls {
     pub fn is_empty(&self) -> bool {
         self.controls.is_empty()
     }
+
+    /// Whether any control shapes the proposal only: then [`TokenControls::score_potentials`] and
+    /// [`TokenControl::score`] differ.
+    pub fn shapes_proposal(&self) -> bool {
+        self.controls.iter().any(|control| (**control).role() == Role::Proposal)
+    }
+
+    /// What [`TokenControl::score`] gives without the controls that shape the proposal only: log p + Σ potentials, not
+    /// normalised, of log p. It changes nothing of what they remember, so that both may be asked in one step.
+    ///
+    /// # Errors
+    /// The controls'.
+    pub fn score_potentials(&self, state: &mut TokenControlsState, mut logits: Tensor) -> Result<Tensor> {
+        for (control, state) in self.controls.iter().zip(&mut state.0) {
+            if (**control).role() == Role::Potential {
+                logits = (**control).score(state, logits)?;
+            }
+        }
+        Ok(logits)
+    }
 }
 
 /// The state of a stack.

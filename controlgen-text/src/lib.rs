@@ -26,17 +26,20 @@
 pub mod chat;
 pub mod controls;
 pub mod energies;
+pub mod evaluation;
 mod generate;
 #[cfg(feature = "gguf")]
 pub mod gguf;
 pub mod grammar;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod lexical;
 pub mod models;
 pub mod sample;
 mod score;
 pub mod search;
 pub mod tokenizer;
+pub mod words;
 
 pub use generate::{Completion, Generate, Generation, GenerationConfig, OneOrMany, Piece, TextModel};
 pub use score::{Scored, score_completions, score_text};

@@ -21,6 +21,9 @@ fn language_models() {
 
 const VOCAB: i64 = 11;
 
+const REGULARISERS: [Regulariser; 5] =
+    [Regulariser::Greedy, Regulariser::Variance, Regulariser::Local, Regulariser::Max, Regulariser::Squared];
+
 #[track_caller]
 fn control(name: &str, control: &impl TokenControl) {
     contract::token_control(control, VOCAB).unwrap_or_else(|violation| panic!("{name}: {violation}"));
@@ -53,6 +56,11 @@ fn token_controls() {
     control("minimum length", &MinLength::new(3, [1]).unwrap());
     control("minimum length", &MinLength::total(5, [1, 2]).unwrap());
     control("forced prefix", &ForcedPrefix::new([3, 7, 2]).unwrap());
+    for regulariser in REGULARISERS {
+        for weight in [0.0, 0.7, 1e6] {
+            control(&format!("{regulariser:?}"), &Regularised::new(regulariser, weight).unwrap());
+        }
+    }
     let stack = TokenControls::new()
         .with(RepetitionPenalty::new(1.3).unwrap())
         .with(NoRepeatNgram::new(2).unwrap())

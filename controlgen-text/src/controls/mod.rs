@@ -28,8 +28,10 @@
 //! | [`Suppress`] | bans tokens | potential |
 //! | [`BannedWords`] | bans tokens and sequences of tokens | potential |
 //! | [`LogitBias`] | adds to the scores of tokens, and of sequences' last tokens | potential |
+//! | [`Regularised`] | lowers tokens that spread the surprisal unevenly | potential |
 //! | [`MinLength`] | bans the end of the text until it is long enough | potential |
 //! | [`ForcedPrefix`] | bans all but the given first tokens | potential |
+//! | [`LexicalConstraints`] | bans what loses clauses over words and phrases, and leads to them | potential |
 //!
 //! What transformers' processors of the same names give is what these give, on rows of any history. Where several
 //! tokens are tied, each control says what it does. A row of which nothing is left is all −∞; it is for the search
@@ -73,12 +75,14 @@ mod epsilon_cutoff;
 mod eta_cutoff;
 mod forced_prefix;
 mod frequency_presence;
+mod lexical_constraints;
 mod logit_bias;
 mod mass;
 mod min_length;
 mod min_p;
 mod no_repeat_ngram;
 mod phrases;
+mod regularised;
 mod repetition_penalty;
 mod scores;
 mod suppress;
@@ -92,10 +96,12 @@ pub use epsilon_cutoff::EpsilonCutoff;
 pub use eta_cutoff::EtaCutoff;
 pub use forced_prefix::ForcedPrefix;
 pub use frequency_presence::FrequencyPresence;
+pub use lexical_constraints::LexicalConstraints;
 pub use logit_bias::LogitBias;
 pub use min_length::MinLength;
 pub use min_p::MinP;
 pub use no_repeat_ngram::NoRepeatNgram;
+pub use regularised::{Regularised, Regulariser};
 pub use repetition_penalty::RepetitionPenalty;
 pub use suppress::Suppress;
 pub use temperature::Temperature;

@@ -4,7 +4,10 @@ mod beam;
 mod beams;
 mod diverse_beam;
 mod jump_forward;
+mod energies;
+mod resampling;
 mod sampling;
+mod smc;
 
 use controlgen_core::progress::Flow;
 use controlgen_core::{
@@ -17,6 +20,7 @@ use crate::controls::in_vocabulary;
 pub use beam::{BeamSearch, EarlyStopping};
 pub use diverse_beam::DiverseBeamSearch;
 pub use sampling::Choice;
+pub use smc::{Particles, Smc};
 
 /// A way to find completions. Its settings are the value; a run changes nothing in it.
 pub trait Search {
@@ -139,6 +143,14 @@ pub struct Hypothesis {
     pub finish: Finish,
     /// The clauses that the search was to meet and this does not, by number; none in a search without clauses.
     pub unmet: Vec<usize>,
+}
+
+impl Hypothesis {
+    /// Nothing said yet.
+    fn empty(prompt: usize, sample: usize) -> Self {
+        let (ids, logprobs, unmet) = (Vec::new(), Vec::new(), Vec::new());
+        Self { prompt, sample, ids, logprobs, score: 0.0, finish: Finish::Length, unmet }
+    }
 }
 
 /// A token was chosen.
