@@ -8,7 +8,7 @@ use llguidance::toktrie::TokenId;
 use tch::Tensor;
 
 use super::{Grammar, Vocabulary};
-use crate::controls::dims;
+use crate::controls::{ban_where, dims};
 
 /// Bans every token after which no text of a grammar could follow: E(x) is 0 for texts of the grammar and ∞ for others.
 ///
@@ -29,11 +29,12 @@ use crate::controls::dims;
 pub struct GrammarControl {
     matcher: Matcher,
     vocabulary: Vocabulary,
+    jump_forward: bool,
 }
 
 impl Clone for GrammarControl {
     fn clone(&self) -> Self {
-        Self { matcher: self.matcher.deep_clone(), vocabulary: self.vocabulary.clone() }
+        Self { matcher: self.matcher.deep_clone(), vocabulary: self.vocabulary.clone(), ..*self }
     }
 }
 
@@ -68,7 +69,14 @@ impl GrammarControl {
         if !first.iter().any(|id| (id as usize) < vocabulary.size()) {
             return Err(wrong("no token of the vocabulary may come first"));
         }
-        Ok(Self { matcher, vocabulary: vocabulary.clone() })
+        Ok(Self { matcher, vocabulary: vocabulary.clone(), jump_forward: true })
+    }
+
+    /// Whether searches are told of tokens that must follow, so that they may take several before they ask the model
+    /// again. They are, unless said: the outcome is the same.
+    #[must_use]
+    pub fn jump_forward(self, jump_forward: bool) -> Self {
+        Self { jump_forward, ..self }
     }
 }
 
@@ -77,7 +85,8 @@ const STACK: usize = 256 << 20;
 
 /// The problem, without what llguidance tells of its own state.
 fn trimmed(problem: &str) -> &str {
-    let end = ["\n<state>", "\n<non-verbose/>", "\n<backtrace>"].iter().filter_map(|mark| problem.find(mark)).min();
+    let end =
+        ["\n<state>", "\n<non-verbose/>", "\n<backtrace>"].iter().filter_map(|mark| problem.find(mark)).min();
     problem[..end.unwrap_or(problem.len())].trim()
 }
 
@@ -136,7 +145,11 @@ impl TokenControl for GrammarControl {
             return Err(Error::value("rows of logits", state.rows.len(), rows));
         }
         if vocab < size {
-            return Err(Error::value("logits", format!("one for each of the grammar's {size} tokens"), vocab));
+            return Err(Error::value(
+                "logits",
+                format!("one for each of the grammar's {size} tokens"),
+                vocab,
+            ));
         }
         state.banned.clear();
         state.banned.resize(state.rows.len() * vocab, true);
@@ -144,7 +157,7 @@ impl TokenControl for GrammarControl {
             row.mask(&self.vocabulary, &mut banned[..size])?;
         }
         let banned = Tensor::f_from_slice(&state.banned)?.f_view_as(&logits)?.f_to_device(logits.device())?;
-        let _ = logits.f_masked_fill_(&banned, f64::NEG_INFINITY)?;
+        ban_where(&mut logits, &banned)?;
         Ok(logits)
     }
 
@@ -158,6 +171,12 @@ impl TokenControl for GrammarControl {
     fn finish(&self, state: &GrammarState, row: usize) -> Result<f64> {
         let whole = state.rows.get(row).is_none_or(|row| row.ended || row.whole);
         Ok(if whole { 0.0 } else { f64::NEG_INFINITY })
+    }
+
+    fn forced(&self, state: &mut GrammarState, row: usize) -> Result<Option<i64>> {
+        let rows = state.rows.len();
+        let row = state.rows.get_mut(row).ok_or_else(|| Error::value("row", format!("0 .. {rows}"), row))?;
+        Ok(if self.jump_forward { row.forced(&self.vocabulary) } else { None })
     }
 }
 
@@ -179,6 +198,15 @@ impl Row {
         Ok(())
     }
 
+    /// The only token that `mask` would leave.
+    fn forced(&mut self, vocabulary: &Vocabulary) -> Option<i64> {
+        if self.ended || self.matcher.is_stopped() {
+            return if let [end] = vocabulary.eos() { Some(*end) } else { None };
+        }
+        let spelled = self.matcher.compute_ff_tokens();
+        spelled.first().map(|&id| i64::from(id)).filter(|&id| id < vocabulary.size() as i64)
+    }
+
     fn advance(&mut self, vocabulary: &Vocabulary, token: i64) -> Result<()> {
         if self.ended {
             return Ok(());
@@ -188,7 +216,10 @@ impl Row {
             self.ended = self.whole;
             return if self.whole { Ok(()) } else { Err(refused()) };
         }
-        let id = TokenId::try_from(token).ok().filter(|&id| (id as usize) < vocabulary.size()).ok_or_else(refused)?;
+        let id = TokenId::try_from(token)
+            .ok()
+            .filter(|&id| (id as usize) < vocabulary.size())
+            .ok_or_else(refused)?;
         self.matcher.consume_token(id).map_err(failed)?;
         self.whole = self.matcher.is_accepting().map_err(failed)?;
         Ok(())
