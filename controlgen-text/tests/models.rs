@@ -232,9 +232,11 @@ fn gradients_flow_to_embeddings_through_the_cache() {
 fn first_layers_are_a_smaller_model() {
     tch::set_num_threads(1);
     let ids = Tensor::from_slice(&[5i64, 17, 40, 8, 33, 2]).view([2, 3]);
-    for (name, field) in
-        [("gpt2_gelu_new", "n_layer"), ("gpt2_relu_untied", "n_layer"), ("llama_gqa_tied", "num_hidden_layers")]
-    {
+    for (name, field) in [
+        ("gpt2_gelu_new", "n_layer"),
+        ("gpt2_relu_untied", "n_layer"),
+        ("llama_gqa_tied", "num_hidden_layers"),
+    ] {
         let whole = models::open(&folder(name), Placement::CPU).unwrap();
         let text = std::fs::read_to_string(folder(name).join("config.json")).unwrap();
         let mut fields: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text).unwrap();

@@ -77,7 +77,8 @@ const STACK: usize = 256 << 20;
 
 /// The problem, without what llguidance tells of its own state.
 fn trimmed(problem: &str) -> &str {
-    let end = ["\n<state>", "\n<non-verbose/>", "\n<backtrace>"].iter().filter_map(|mark| problem.find(mark)).min();
+    let end =
+        ["\n<state>", "\n<non-verbose/>", "\n<backtrace>"].iter().filter_map(|mark| problem.find(mark)).min();
     problem[..end.unwrap_or(problem.len())].trim()
 }
 
@@ -136,7 +137,11 @@ impl TokenControl for GrammarControl {
             return Err(Error::value("rows of logits", state.rows.len(), rows));
         }
         if vocab < size {
-            return Err(Error::value("logits", format!("one for each of the grammar's {size} tokens"), vocab));
+            return Err(Error::value(
+                "logits",
+                format!("one for each of the grammar's {size} tokens"),
+                vocab,
+            ));
         }
         state.banned.clear();
         state.banned.resize(state.rows.len() * vocab, true);
@@ -188,7 +193,10 @@ impl Row {
             self.ended = self.whole;
             return if self.whole { Ok(()) } else { Err(refused()) };
         }
-        let id = TokenId::try_from(token).ok().filter(|&id| (id as usize) < vocabulary.size()).ok_or_else(refused)?;
+        let id = TokenId::try_from(token)
+            .ok()
+            .filter(|&id| (id as usize) < vocabulary.size())
+            .ok_or_else(refused)?;
         self.matcher.consume_token(id).map_err(failed)?;
         self.whole = self.matcher.is_accepting().map_err(failed)?;
         Ok(())

@@ -93,7 +93,8 @@ fn a_draft_model_leaves_the_distribution() {
         }
         tail(said, s);
     };
-    let odd = TokenControls::new().with(Suppress::new([2]).unwrap()).with(controlgen_core::PerRow(OnlySecond));
+    let odd =
+        TokenControls::new().with(Suppress::new([2]).unwrap()).with(controlgen_core::PerRow(OnlySecond));
     let cases: [(&str, TokenControls, TokenControls, &dyn Fn(&[i64], &mut [f64])); 4] = [
         ("nothing", TokenControls::new(), TokenControls::new(), &none),
         ("a temperature", TokenControls::new().with(hot), TokenControls::new(), &tail),
@@ -180,12 +181,15 @@ fn repetition_takes_few_passes() {
 
 #[test]
 fn listeners_end_and_cancel() {
-    let (lm, other, none, prompts) = (table(7, 1), table(7, 2), TokenControls::new(), vec![vec![0, 3], vec![0]]);
+    let (lm, other, none, prompts) =
+        (table(7, 1), table(7, 2), TokenControls::new(), vec![vec![0, 3], vec![0]]);
     let ways = [look_up(SAMPLE, 4), drafted(Choice::Greedy, &other, 4)];
     for search in ways {
         let run = |eos: &[i64], stop: i64| {
             let mut told = Told { stop: vec![stop], ..Told::new(6) };
-            search.run(&Task { max_new_tokens: 12, eos, n: 3, ..task(&lm, &prompts, &none) }, &mut told).unwrap()
+            search
+                .run(&Task { max_new_tokens: 12, eos, n: 3, ..task(&lm, &prompts, &none) }, &mut told)
+                .unwrap()
         };
         let (ended, stopped) = (run(&[6, 1], -1), run(&[1], 6));
         for (ended, stopped) in ended.iter().zip(&stopped) {
