@@ -30,6 +30,7 @@ pub mod evaluation;
 mod generate;
 #[cfg(feature = "gguf")]
 pub mod gguf;
+pub mod grammar;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod lexical;

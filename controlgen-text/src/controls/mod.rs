@@ -62,6 +62,10 @@ macro_rules! proposal {
             fn role(&self) -> controlgen_core::Role {
                 controlgen_core::Role::Proposal
             }
+
+            fn bans(&self) -> controlgen_core::Bans {
+                controlgen_core::Bans::NotTheLast
+            }
         }
     };
 }
@@ -111,4 +115,4 @@ pub use top_p::TopP;
 pub use typical::Typical;
 pub use watermark::{Detection, Watermark, WatermarkDetector};
 
-pub(crate) use scores::{dims, in_vocabulary, to_vec};
+pub(crate) use scores::{ban_where, dims, in_vocabulary, to_vec};

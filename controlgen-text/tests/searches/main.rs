@@ -4,6 +4,7 @@
 mod best_of;
 mod listeners;
 mod smc;
+mod speculative;
 mod stochastic_beam;
 
 use std::collections::HashMap;
