@@ -8,6 +8,7 @@ mod report;
 mod sets;
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::time::Instant;
 
 use controlgen_core::{Error, Placement, Result};
@@ -35,7 +36,7 @@ pub fn run(arguments: impl Iterator<Item = String>) -> Result<()> {
     let settings = Settings {
         prompt: options.prompt.clone(),
         max_new_tokens: options.tokens,
-        model: options.model.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+        model: model_name(&options.model),
         beams: options.beams,
         seed: options.seed,
     };
@@ -90,6 +91,12 @@ fn complete(prompt: &str, judge: &Judge, method: &Method, job: &Job<'_>) -> Resu
     let (log_prob, tokens) = likelihood.map_or((0.0, 0), |found| (found.log_prob, found.tokens));
     let concepts = sets::plain(job.concepts);
     Ok(Record { method: method.name.into(), concepts, text, log_prob, tokens, seconds })
+}
+
+/// The last two parts of the path: a directory may be called after its format.
+fn model_name(path: &Path) -> String {
+    let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).collect();
+    parts[parts.len().saturating_sub(2)..].join("/")
 }
 
 fn progress(steps: usize) -> ProgressBar {
