@@ -5,7 +5,9 @@ use controlgen_text::controls::{
     BannedWords, EpsilonCutoff, EtaCutoff, ForcedPrefix, FrequencyPresence, LogitBias, MinLength, MinP,
     NoRepeatNgram, RepetitionPenalty, Suppress, Temperature, TopK, TopP, Typical,
 };
+use controlgen_text::grammar::{Grammar, GrammarControl, Vocabulary};
 use controlgen_text::search::Finish;
+use controlgen_text::tokenizer::Tokenizer;
 use controlgen_text::{Completion, TextModel};
 
 use crate::EOS;
@@ -36,6 +38,11 @@ fn demand(holds: bool, broken: &str) -> Result<(), String> {
     if holds { Ok(()) } else { Err(broken.to_owned()) }
 }
 
+fn grammar(tokenizer: &Tokenizer) -> GrammarControl {
+    let vocabulary = Vocabulary::new(tokenizer, &[EOS]).unwrap();
+    GrammarControl::new(&Grammar::regex("[ab]{2,4}").unwrap(), &vocabulary).unwrap()
+}
+
 pub fn all(model: &TextModel) -> Vec<Case> {
     let tokenizer = model.tokenizer();
     vec![
@@ -60,6 +67,10 @@ pub fn all(model: &TextModel) -> Vec<Case> {
         }),
         promising("banned words", BannedWords::words(tokenizer, ["e", "the"]).unwrap(), |_, c| {
             demand(!c.text.split(' ').any(|word| word == "the"), "the word")
+        }),
+        promising("grammar", grammar(tokenizer), |_, c| {
+            let letters = c.text.bytes().all(|b| b"ab".contains(&b)) && (2..=4).contains(&c.text.len());
+            demand(letters && matches!(c.finish, Finish::Eos(_)), "not of the grammar")
         }),
         case("logit bias", LogitBias::new([(5, 3.0), (7, f64::NEG_INFINITY)]).unwrap()),
         promising("minimum length", MinLength::new(4, [EOS]).unwrap(), |_, c| {
