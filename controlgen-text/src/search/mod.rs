@@ -2,7 +2,9 @@
 
 mod beam;
 mod beams;
+mod clause_beams;
 mod diverse_beam;
+mod grid_beam;
 mod look_ahead;
 mod neurologic;
 mod sampling;
@@ -17,6 +19,7 @@ use crate::controls::in_vocabulary;
 
 pub use beam::{BeamSearch, EarlyStopping};
 pub use diverse_beam::DiverseBeamSearch;
+pub use grid_beam::GridBeam;
 pub use neurologic::NeuroLogic;
 pub use sampling::Choice;
 
