@@ -258,6 +258,14 @@ impl Controls {
         Ok(Self { id, sites: sites.id(), controls, hooks })
     }
 
+    /// These controls and `more`, which act after them, as a stack of its own.
+    ///
+    /// # Errors
+    /// Those of [`Controls::bind`].
+    pub fn with(&self, sites: &SiteMap, more: Vec<Box<dyn Control>>) -> Result<Self> {
+        Self::bind(sites, self.controls.iter().map(|control| control.handle()).chain(more).collect())
+    }
+
     /// Another handle over the same storage.
     #[must_use]
     pub fn handle(&self) -> Self {

@@ -137,6 +137,19 @@ pub enum Error {
         /// The step, counted in new tokens from 0.
         step: usize,
     },
+    /// Weighted samples that all have weight 0, so that nothing can be drawn of them.
+    #[error(
+        "prompt {prompt}: each of the {particles} particles has weight 0 at step {step}; \
+         use more of them, or weaker constraints or energies"
+    )]
+    NoParticles {
+        /// Index of the prompt.
+        prompt: usize,
+        /// How many there were.
+        particles: usize,
+        /// The step, counted in new tokens from 0.
+        step: usize,
+    },
     /// A device that is not there.
     #[error("device `{wanted}` is not available: {reason}")]
     Device {

@@ -285,8 +285,9 @@ pub type WeightMap<'f> = &'f mut dyn FnMut(SiteId, &Tensor) -> Result<Option<Ten
 ///
 /// Whether gradients are recorded is the caller's choice: searches run under `tch::no_grad_guard`, energies do not.
 ///
-/// What every implementer keeps is what `testing::contract::language_model` checks.
-pub trait LanguageModel: Send {
+/// What every implementer keeps is what `testing::contract::language_model` checks. A `&dyn LanguageModel` is a
+/// `&dyn Any` too, for what only some architectures can do.
+pub trait LanguageModel: Any + Send {
     /// Another handle over the same weights and sites.
     fn handle(&self) -> Box<dyn LanguageModel>;
 

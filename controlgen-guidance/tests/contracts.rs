@@ -1,40 +1,32 @@
 //! Every stage keeps the contract of guidance, every energy that of energies.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod common;
+
+use common::{data, level, x};
+use controlgen_core::Guidance;
 use controlgen_core::energy::{Image, Noised};
 use controlgen_core::guidance::{Branch, Step};
 use controlgen_core::testing::contract::{self, GuidanceCase};
-use controlgen_core::testing::{Component, Mixture};
-use controlgen_core::{Guidance, NoiseLevel};
 use controlgen_guidance::{
     ClassifierFreeGuidance, ClassifierGuidance, GuidanceInterval, PerturbedAttentionGuidance,
     UniversalGuidance,
 };
-use tch::{Tensor, kind::DOUBLE_CPU};
-
-fn data() -> Mixture {
-    let part = |mean: [f64; 2], weight, class| Component { mean: mean.into(), deviation: 0.6, weight, class };
-    let parts = vec![part([2.0, -1.0], 1.0, 0), part([-1.0, 0.5], 2.0, 1), part([0.0, 3.0], 1.5, 2)];
-    Mixture::new([2, 1, 1], parts).unwrap()
-}
-
-fn x() -> Tensor {
-    (Tensor::arange(6, DOUBLE_CPU) * 1.3 + 0.2).sin().view([3, 2, 1, 1]) * 1.5
-}
-
-fn level(t: f64) -> NoiseLevel {
-    NoiseLevel::from_alpha_bar((t * std::f64::consts::FRAC_PI_2).cos().powi(2)).unwrap()
-}
 
 fn steps() -> Vec<Step> {
-    let step =
-        |(index, t): (usize, f64)| Step { index, of: 3, timestep: t, level: level(t), next: level(t - 0.25) };
+    let step = |(index, t): (usize, f64)| Step {
+        index,
+        of: 3,
+        timestep: t,
+        level: level(t).unwrap(),
+        next: level(t - 0.25).unwrap(),
+    };
     [0.8, 0.55, 0.3].into_iter().enumerate().map(step).collect()
 }
 
 #[track_caller]
 fn keeps(stage: &dyn Guidance, neutral: &dyn Guidance) {
-    let (x, steps) = (x(), steps());
+    let (x, steps) = (x(3), steps());
     let case =
         GuidanceCase { x: &x, steps: &steps, base: Branch::of(1), neutral: Some(neutral), replaces_x: false };
     contract::guidance(stage, &case).unwrap();
@@ -58,8 +50,9 @@ fn stages() {
 
 #[test]
 fn energies() {
-    contract::energy(&data().noised_classifier(1).unwrap(), &Noised { x: x(), level: level(0.4) }).unwrap();
-    contract::energy(&data().classifier(0).unwrap(), &Image(x())).unwrap();
+    contract::energy(&data().noised_classifier(1).unwrap(), &Noised { x: x(3), level: level(0.4).unwrap() })
+        .unwrap();
+    contract::energy(&data().classifier(0).unwrap(), &Image(x(3))).unwrap();
     let both = 2.0 * data().classifier(0).unwrap() + data().classifier(1).unwrap();
-    contract::energy(&both, &Image(x())).unwrap();
+    contract::energy(&both, &Image(x(3))).unwrap();
 }

@@ -3,11 +3,14 @@
 //! Every p-value is compared with α = 0.001, with fixed seeds; and each test shows a setting that it refuses.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod common;
+
+use common::level;
 use controlgen_core::energy::Image;
 use controlgen_core::guidance::Guider;
 use controlgen_core::noise::{Noise, NoiseSource};
 use controlgen_core::testing::{Component, Mixture, MixtureDenoiser, chi_square, ks_test};
-use controlgen_core::{Condition, Energy, NoiseLevel, Parameterisation, Result};
+use controlgen_core::{Condition, Energy, NoiseLevel, Parameterisation};
 use controlgen_diffusion::{Ddim, sample, steps};
 use controlgen_guidance::{ClassifierFreeGuidance, ClassifierGuidance, UniversalGuidance};
 use tch::{Device, Kind, Tensor};
@@ -15,10 +18,6 @@ use tch::{Device, Kind, Tensor};
 const ALPHA: f64 = 0.001;
 const SAMPLES: usize = 2000;
 const STEPS: usize = 160;
-
-fn level(t: f64) -> Result<NoiseLevel> {
-    NoiseLevel::from_alpha_bar((t * std::f64::consts::FRAC_PI_2).cos().powi(2))
-}
 
 /// A grid: three columns, the outer two of class 0, and two rows, which are the other attribute. Column and row are
 /// independent, so that the noised classifiers of both have the noised posterior as their product. Neighbours overlap.

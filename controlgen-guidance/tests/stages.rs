@@ -1,10 +1,13 @@
 //! Stages by their formulas, in how many calls they are, and what they refuse.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod common;
+
+use common::{data, level, x};
 use controlgen_core::energy::{Image, Noised, gradient};
 use controlgen_core::guidance::{Branch, Guided, Guider, Needs, Step};
 use controlgen_core::noise::Noise;
-use controlgen_core::testing::{Component, Mixture, MixtureDenoiser};
+use controlgen_core::testing::{Mixture, MixtureDenoiser};
 use controlgen_core::{
     At, Binding, Classifier, Condition, Control, Controls, Denoiser, Energy, EnergyFn, Error, Guidance,
     NoiseLevel, Parameterisation, Result, SiteKind, SiteMap,
@@ -19,22 +22,8 @@ use tch::{Kind, Tensor, kind::DOUBLE_CPU};
 const FORMS: [Parameterisation; 4] =
     [Parameterisation::Epsilon, Parameterisation::Sample, Parameterisation::V, Parameterisation::Velocity];
 
-fn level(t: f64) -> Result<NoiseLevel> {
-    NoiseLevel::from_alpha_bar((t * std::f64::consts::FRAC_PI_2).cos().powi(2))
-}
-
 fn at(t: f64) -> Step {
     Step { index: 3, of: 8, timestep: t, level: level(t).unwrap(), next: level(t / 2.0).unwrap() }
-}
-
-fn data() -> Mixture {
-    let part = |mean: [f64; 2], weight, class| Component { mean: mean.into(), deviation: 0.6, weight, class };
-    let parts = vec![part([2.0, -1.0], 1.0, 0), part([-1.0, 0.5], 2.0, 1), part([0.0, 3.0], 1.5, 2)];
-    Mixture::new([2, 1, 1], parts).unwrap()
-}
-
-fn x(rows: i64) -> Tensor {
-    (Tensor::arange(rows * 2, DOUBLE_CPU) * 1.3 + 0.2).sin().view([rows, 2, 1, 1]) * 1.5
 }
 
 /// ε of the mixture or a class of it.

@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::active::on_rows;
 use crate::directory::{fields_of, read_parameters, write};
-use crate::fields::Fields;
+use crate::fields::{Fields, object};
 use crate::initial::{kaiming, leaf, zeros};
 
 pub(crate) const TYPE: &str = "BOTTLENECK";
@@ -54,14 +54,13 @@ impl BottleneckConfig {
     }
 
     fn write(&self) -> Map<String, Value> {
-        let fields = [
+        object([
             ("peft_type", json!(TYPE)),
             ("target_modules", json!(self.target_modules)),
             ("reduction_factor", json!(self.reduction_factor)),
             ("non_linearity", json!(self.non_linearity)),
             ("scale", json!(self.scale)),
-        ];
-        fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+        ])
     }
 }
 

@@ -8,6 +8,11 @@ use serde_json::{Map, Value};
 /// More bytes than any configuration has.
 const MOST: u64 = 16 << 20;
 
+/// A JSON object of these fields, in this order.
+pub(crate) fn object<const N: usize>(fields: [(&str, Value); N]) -> Map<String, Value> {
+    fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
 /// A JSON object, read field by field. `null` stands for a field that is not there.
 pub(crate) struct Fields {
     file: String,

@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::active::on_rows;
 use crate::directory::{fields_of, read_parameters, write};
-use crate::fields::Fields;
+use crate::fields::{Fields, object};
 use crate::initial::{leaf, ones};
 use crate::targets::{Place, Targets, whole};
 
@@ -66,7 +66,7 @@ impl Ia3Config {
     }
 
     fn write(&self) -> Map<String, Value> {
-        let fields = [
+        object([
             ("peft_type", json!(TYPE)),
             ("task_type", json!(self.task_type)),
             ("base_model_name_or_path", json!(self.base_model)),
@@ -75,8 +75,7 @@ impl Ia3Config {
             ("feedforward_modules", self.feedforward_modules.write()),
             ("fan_in_fan_out", json!(self.fan_in_fan_out)),
             ("modules_to_save", Value::Null),
-        ];
-        fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+        ])
     }
 
     /// Tells whether a site's input is scaled, by its name.

@@ -4,7 +4,7 @@ use controlgen_core::{Error, Result};
 use regex::Regex;
 use serde_json::{Map, Value, json};
 
-use crate::fields::Fields;
+use crate::fields::{Fields, object};
 use crate::targets::{Place, Targets, ending};
 
 pub(crate) const TYPE: &str = "LORA";
@@ -128,7 +128,7 @@ impl LoraConfig {
         let layers = Some(&self.layers_to_transform).filter(|layers| !layers.is_empty());
         let ranks: Map<_, _> = self.rank_pattern.iter().map(|(key, r)| (key.clone(), json!(r))).collect();
         let alphas: Map<_, _> = self.alpha_pattern.iter().map(|(key, a)| (key.clone(), whole(*a))).collect();
-        let fields = [
+        object([
             ("peft_type", json!(TYPE)),
             ("task_type", json!(self.task_type)),
             ("base_model_name_or_path", json!(self.base_model)),
@@ -145,8 +145,7 @@ impl LoraConfig {
             ("alpha_pattern", Value::Object(alphas)),
             ("layers_to_transform", json!(layers)),
             ("modules_to_save", Value::Null),
-        ];
-        fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+        ])
     }
 
     pub(crate) fn validate(&self) -> Result<()> {

@@ -6,12 +6,12 @@ use controlgen_core::{
     Adapter, AdapterId, At, Attn, Binding, Control, Dims, Error, Lanes, Next, Offset, Result, SiteId,
     SiteKind, SiteMap,
 };
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tch::{Device, Tensor};
 
 use crate::active::{Which, acting};
 use crate::directory::{fields_of, read_parameters, write};
-use crate::fields::Fields;
+use crate::fields::{Fields, object};
 use crate::initial::{leaf, normal, zeros};
 
 pub(crate) const TYPE: &str = "PREFIX_TUNING";
@@ -238,7 +238,7 @@ impl Adapter for Prefix {
     /// [`Error::Io`].
     fn save(&self, directory: &Path) -> Result<()> {
         let Heads { layers, kv_heads, head_dim } = self.heads;
-        let fields: Map<String, Value> = [
+        let fields = object([
             ("peft_type", json!(TYPE)),
             ("task_type", json!(self.config.task_type)),
             ("base_model_name_or_path", json!(self.config.base_model)),
@@ -250,10 +250,7 @@ impl Adapter for Prefix {
             ("encoder_hidden_size", json!(kv_heads * head_dim)),
             ("num_transformer_submodules", json!(1)),
             ("prefix_projection", json!(false)),
-        ]
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect();
+        ]);
         write(directory, &fields, &self.parameters())
     }
 

@@ -26,9 +26,11 @@
 pub mod chat;
 pub mod controls;
 pub mod energies;
+pub mod evaluation;
 mod generate;
 #[cfg(feature = "gguf")]
 pub mod gguf;
+pub mod grammar;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod lexical;

@@ -28,7 +28,10 @@
 //! | [`Suppress`] | bans tokens | potential |
 //! | [`BannedWords`] | bans tokens and sequences of tokens | potential |
 //! | [`LogitBias`] | adds to the scores of tokens, and of sequences' last tokens | potential |
+//! | [`Regularised`] | lowers tokens that spread the surprisal unevenly | potential |
 //! | [`MinLength`] | bans the end of the text until it is long enough | potential |
+//! | [`Features`] | adds what words are worth: word lists, lexicons, repetition, alliteration, length, syllables | potential |
+//! | [`Watermark`] | raises tokens that a key and the tokens before pick | potential |
 //! | [`ForcedPrefix`] | bans all but the given first tokens | potential |
 //! | [`LexicalConstraints`] | bans what loses clauses over words and phrases, and leads to them | potential |
 //!
@@ -59,6 +62,10 @@ macro_rules! proposal {
             fn role(&self) -> controlgen_core::Role {
                 controlgen_core::Role::Proposal
             }
+
+            fn bans(&self) -> controlgen_core::Bans {
+                controlgen_core::Bans::NotTheLast
+            }
         }
     };
 }
@@ -68,6 +75,7 @@ mod check;
 mod entropy;
 mod epsilon_cutoff;
 mod eta_cutoff;
+pub mod features;
 mod forced_prefix;
 mod frequency_presence;
 mod lexical_constraints;
@@ -77,6 +85,7 @@ mod min_length;
 mod min_p;
 mod no_repeat_ngram;
 mod phrases;
+mod regularised;
 mod repetition_penalty;
 mod scores;
 mod suppress;
@@ -84,10 +93,12 @@ mod temperature;
 mod top_k;
 mod top_p;
 mod typical;
+mod watermark;
 
 pub use banned_words::BannedWords;
 pub use epsilon_cutoff::EpsilonCutoff;
 pub use eta_cutoff::EtaCutoff;
+pub use features::Features;
 pub use forced_prefix::ForcedPrefix;
 pub use frequency_presence::FrequencyPresence;
 pub use lexical_constraints::LexicalConstraints;
@@ -95,11 +106,13 @@ pub use logit_bias::LogitBias;
 pub use min_length::MinLength;
 pub use min_p::MinP;
 pub use no_repeat_ngram::NoRepeatNgram;
+pub use regularised::{Regularised, Regulariser};
 pub use repetition_penalty::RepetitionPenalty;
 pub use suppress::Suppress;
 pub use temperature::Temperature;
 pub use top_k::TopK;
 pub use top_p::TopP;
 pub use typical::Typical;
+pub use watermark::{Detection, Watermark, WatermarkDetector};
 
-pub(crate) use scores::{dims, in_vocabulary, to_vec};
+pub(crate) use scores::{ban_where, dims, in_vocabulary, to_vec};

@@ -79,6 +79,14 @@ impl TextModel {
         Self { lm: self.lm.handle(), tokenizer: self.tokenizer.handle(), eos: self.eos.clone() }
     }
 
+    /// The model's first `layers` blocks as a model of their own, over the same weights: [`models::first_layers`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn first_layers(&self, layers: usize) -> Result<Box<dyn LanguageModel>> {
+        models::first_layers(&*self.lm, layers)
+    }
+
     /// The chat template that came with the tokenizer.
     ///
     /// # Errors

@@ -247,11 +247,18 @@ impl Clauses {
     /// More tokens than [`Clauses::need`] ever asks for.
     pub(crate) fn most(&self, gap: usize) -> usize {
         let Shared { formula, reach, .. } = &*self.shared;
-        let cost = |literal: &Says<u32>| match *literal {
-            Says::AtLeast(count, word) => usize::from(count) * (reach.cost(word).unwrap_or(0) + gap),
+        let cost = |word: u32| reach.cost(word).unwrap_or(0) + gap;
+        let orders =
+            formula.orders.len() * formula.orders.iter().map(|&(first, _)| cost(first)).sum::<usize>();
+        let of_literal = |literal: &Says<u32>| match *literal {
+            Says::AtLeast(count, word) => usize::from(count) * cost(word) + orders,
             _ => 0,
         };
-        1 + formula.clauses.iter().map(|clause| clause.iter().map(cost).max().unwrap_or(0)).sum::<usize>()
+        1 + formula
+            .clauses
+            .iter()
+            .map(|clause| clause.iter().map(of_literal).max().unwrap_or(0))
+            .sum::<usize>()
     }
 
     /// How many tokens more are enough to make the clauses hold that do not, if they can be; `gap` is added for each

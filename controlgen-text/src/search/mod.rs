@@ -2,12 +2,22 @@
 
 mod beam;
 mod beams;
+mod best_of;
 mod clause_beams;
+mod contrastive;
 mod diverse_beam;
+mod draft;
+mod energies;
 mod grid_beam;
+mod hidden;
+mod jump_forward;
 mod look_ahead;
 mod neurologic;
+mod resampling;
 mod sampling;
+mod smc;
+mod speculative;
+mod stochastic_beam;
 
 use controlgen_core::progress::Flow;
 use controlgen_core::{
@@ -18,10 +28,15 @@ use tch::{Kind, Tensor};
 use crate::controls::in_vocabulary;
 
 pub use beam::{BeamSearch, EarlyStopping};
+pub use best_of::BestOf;
+pub use contrastive::Contrastive;
 pub use diverse_beam::DiverseBeamSearch;
 pub use grid_beam::GridBeam;
 pub use neurologic::NeuroLogic;
 pub use sampling::Choice;
+pub use smc::{Particles, Smc};
+pub use speculative::{Acceptance, Speculative};
+pub use stochastic_beam::{Drawn, StochasticBeamSearch};
 
 /// A way to find completions. Its settings are the value; a run changes nothing in it.
 pub trait Search {
@@ -146,10 +161,19 @@ pub struct Hypothesis {
     pub unmet: Vec<usize>,
 }
 
+impl Hypothesis {
+    /// Nothing said yet.
+    fn empty(prompt: usize, sample: usize) -> Self {
+        let (ids, logprobs, unmet) = (Vec::new(), Vec::new(), Vec::new());
+        Self { prompt, sample, ids, logprobs, score: 0.0, finish: Finish::Length, unmet }
+    }
+}
+
 /// A token was chosen.
 #[derive(Clone, Copy, Debug)]
 pub struct Chosen<'h> {
-    /// The completion so far, this token included.
+    /// The completion so far, this token included. The log-probabilities of the last tokens are not there yet where the
+    /// controls forced them: the model has not been asked.
     pub so_far: &'h Hypothesis,
     /// The token.
     pub token: i64,
@@ -211,8 +235,19 @@ pub fn prefill(
     pass: &Pass<'_>,
     room: usize,
 ) -> Result<(State, Tensor)> {
+    let (ids, keep) = padded(lm, prompts)?;
+    let &[rows, longest] = ids.size().as_slice() else {
+        return Err(Error::shape("token ids", "[B, T]", &ids.size()));
+    };
+    let mut state = lm.start(Source::Rows(rows), pass)?;
+    state.reserve(longest.saturating_add(i64::try_from(room).unwrap_or(i64::MAX)))?;
+    let output = lm.forward(LmInput::ids(&ids).keep(keep.as_ref()).last(), &mut state, pass)?;
+    Ok((state, next_logits(&output.logits)?))
+}
+
+/// The prompts' ids `[B, T]`, the shorter ones padded on the left, and which are no padding, where some are.
+fn padded(lm: &dyn LanguageModel, prompts: &[Vec<i64>]) -> Result<(Tensor, Option<Tensor>)> {
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    let rows = i64::try_from(prompts.len()).unwrap_or(i64::MAX);
     let fill = lm.spec().pad.or(lm.spec().eos.first().copied()).unwrap_or(0);
     let mut ids = Vec::with_capacity(prompts.len() * longest);
     let mut keep = Vec::with_capacity(prompts.len() * longest);
@@ -224,16 +259,12 @@ pub fn prefill(
         keep.extend(std::iter::repeat_n(true, prompt.len()));
     }
     let device = lm.spec().placement.device;
-    let shape = [rows, i64::try_from(longest).unwrap_or(i64::MAX)];
+    let shape = [prompts.len() as i64, longest as i64];
     let ids = Tensor::f_from_slice(&ids)?.f_view(shape)?.f_to_device(device)?;
     let ragged = keep.contains(&false);
     let keep =
         if ragged { Some(Tensor::f_from_slice(&keep)?.f_view(shape)?.f_to_device(device)?) } else { None };
-
-    let mut state = lm.start(Source::Rows(rows), pass)?;
-    state.reserve(i64::try_from(longest.saturating_add(room)).unwrap_or(i64::MAX))?;
-    let output = lm.forward(LmInput::ids(&ids).keep(keep.as_ref()).last(), &mut state, pass)?;
-    Ok((state, next_logits(&output.logits)?))
+    Ok((ids, keep))
 }
 
 /// `[B, T, V]` to the last position's `[B, V]`, f32 and contiguous.
@@ -277,6 +308,23 @@ impl Live {
     /// How many tokens more the model has positions for.
     fn room(&self, task: &Task<'_>) -> Result<i64> {
         Ok(task.lm.spec().context - self.state.len() - self.pass(task).position_offset()?.most())
+    }
+
+    /// Reads several tokens of each row in one pass, step by step `[B]` each: the logits `[B, V]` that followed each
+    /// step but the last, whose are the row's.
+    fn extend_by(&mut self, task: &Task<'_>, steps: &[Vec<i64>]) -> Result<Vec<Tensor>> {
+        if let [tokens] = steps {
+            self.extend(task, tokens)?;
+            return Ok(Vec::new());
+        }
+        let device = task.lm.spec().placement.device;
+        let ids = Tensor::f_from_slice(&steps.concat())?.f_view([steps.len() as i64, -1])?; // (T, B)
+        let ids = ids.f_tr()?.f_contiguous()?.f_to_device(device)?;
+        let pass = Pass { lanes: self.lanes.as_ref(), ..task.pass };
+        let logits = task.lm.forward(LmInput::ids(&ids), &mut self.state, &pass)?.logits; // (B, T, V)
+        self.logits = next_logits(&logits)?;
+        let of = |step| Ok(logits.f_select(1, step)?.f_to_kind(Kind::Float)?.f_contiguous()?);
+        (0..steps.len() as i64 - 1).map(of).collect()
     }
 
     /// Reads the token chosen for each row.
