@@ -88,8 +88,6 @@ fn compile(grammar: TopLevelGrammar, vocabulary: Vocabulary) -> Result<(Matcher,
 
 /// The problem, without what llguidance tells of its own state.
 fn trimmed(problem: &str) -> &str {
-    let end =
-        ["\n<state>", "\n<non-verbose/>", "\n<backtrace>"].iter().filter_map(|mark| problem.find(mark)).min();
     if problem.starts_with("NoExtension") {
         return "no text that it allows";
     }
