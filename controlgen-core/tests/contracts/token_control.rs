@@ -185,7 +185,10 @@ impl TokenControl for Counts {
         let only = logits.f_full_like(f64::NEG_INFINITY)?;
         for (row, last) in (0..).zip(state.iter()) {
             let token = (last + 1) % 5;
-            let _ = only.f_get(row)?.f_narrow(0, token, 1)?.f_copy_(&logits.f_get(row)?.f_narrow(0, token, 1)?)?;
+            let _ = only
+                .f_get(row)?
+                .f_narrow(0, token, 1)?
+                .f_copy_(&logits.f_get(row)?.f_narrow(0, token, 1)?)?;
         }
         Ok(only)
     }
@@ -246,7 +249,10 @@ fn stacks_force_where_they_may() {
     let stacks = [
         (true, TokenControls::new().with(Counts)),
         (true, TokenControls::new().with(Likes).with(Counts).with(Half)),
-        (true, TokenControls::new().with(TokenControls::new().with(Likes).with(Counts)).with(Half).with(Likes)),
+        (
+            true,
+            TokenControls::new().with(TokenControls::new().with(Likes).with(Counts)).with(Half).with(Likes),
+        ),
         (false, TokenControls::new().with(Half).with(Counts)),
         (false, TokenControls::new().with(Counts).with(PerRow(NoRepeat))),
         (false, TokenControls::new().with(PerRow(NoRepeat)).with(Counts)),

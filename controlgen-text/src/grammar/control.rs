@@ -91,7 +91,8 @@ fn trimmed(problem: &str) -> &str {
     if problem.starts_with("NoExtension") {
         return "no text that it allows";
     }
-    let end = ["\n<state>", "\n<non-verbose/>", "\n<backtrace>"].iter().filter_map(|mark| problem.find(mark)).min();
+    let end =
+        ["\n<state>", "\n<non-verbose/>", "\n<backtrace>"].iter().filter_map(|mark| problem.find(mark)).min();
     problem[..end.unwrap_or(problem.len())].trim()
 }
 
@@ -150,7 +151,11 @@ impl TokenControl for GrammarControl {
             return Err(Error::value("rows of logits", state.rows.len(), rows));
         }
         if vocab < size {
-            return Err(Error::value("logits", format!("one for each of the grammar's {size} tokens"), vocab));
+            return Err(Error::value(
+                "logits",
+                format!("one for each of the grammar's {size} tokens"),
+                vocab,
+            ));
         }
         state.banned.clear();
         state.banned.resize(state.rows.len() * vocab, true);
@@ -217,7 +222,10 @@ impl Row {
             self.ended = self.whole;
             return if self.whole { Ok(()) } else { Err(refused()) };
         }
-        let id = TokenId::try_from(token).ok().filter(|&id| (id as usize) < vocabulary.size()).ok_or_else(refused)?;
+        let id = TokenId::try_from(token)
+            .ok()
+            .filter(|&id| (id as usize) < vocabulary.size())
+            .ok_or_else(refused)?;
         self.matcher.consume_token(id).map_err(failed)?;
         self.whole = self.matcher.is_accepting().map_err(failed)?;
         Ok(())

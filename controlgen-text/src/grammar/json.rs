@@ -209,7 +209,11 @@ fn each(schema: &mut Value, visit: &mut dyn FnMut(&str, &mut Map<String, Value>)
     let mut left = vec![(String::from("#"), 0, schema)];
     while let Some((path, depth, schema)) = left.pop() {
         if depth > DEEPEST {
-            return Err(Error::value("JSON Schema", format!("at most {DEEPEST} schemas in each other"), path));
+            return Err(Error::value(
+                "JSON Schema",
+                format!("at most {DEEPEST} schemas in each other"),
+                path,
+            ));
         }
         let schema = match schema {
             Value::Object(schema) => schema,

@@ -47,7 +47,10 @@ impl Vocabulary {
         let mut words: Vec<Vec<u8>> = known.map(|id| word(tokenizer, id, eos)).collect();
         let bytes = words.iter().map(|word| word.len().max(1)).sum::<usize>() + UNSPELLABLE.len();
         let count = u32::try_from(size).ok().filter(|_| bytes < MOST_BYTES).ok_or_else(|| {
-            Error::unsupported(format!("a grammar over tokens of {bytes} bytes"), format!("{MOST_BYTES} in all"))
+            Error::unsupported(
+                format!("a grammar over tokens of {bytes} bytes"),
+                format!("{MOST_BYTES} in all"),
+            )
         })?;
         if !words.iter().any(|word| word.first().is_some_and(|&byte| byte != MARKER)) {
             let what = "a grammar over a vocabulary whose tokens have no bytes of their own";
@@ -61,8 +64,10 @@ impl Vocabulary {
         let trie = TokTrie::from(&TokRxInfo::new(count + 1, ids[0]), &words).with_eos_tokens(&ids);
         let env: TokEnv = Arc::new(Tokens { trie, tokenizer: tokenizer.handle(), unspellable: count });
         let caps = InferenceCapabilities { ff_tokens: true, ..InferenceCapabilities::default() };
-        let mut factory = ParserFactory::new(&env, caps, &SlicedBiasComputer::general_slices())
-            .map_err(|problem| Error::value("vocabulary", "one that grammars can be compiled for", problem))?;
+        let mut factory =
+            ParserFactory::new(&env, caps, &SlicedBiasComputer::general_slices()).map_err(|problem| {
+                Error::value("vocabulary", "one that grammars can be compiled for", problem)
+            })?;
         factory.quiet();
         *factory.limits_mut() =
             ParserLimits { max_lexer_states: 50_000, verbose_errors: false, ..ParserLimits::default() };

@@ -60,12 +60,18 @@ impl Unread {
         }
         // The first step's were known when it was chosen.
         let logits = live.extend_by(task, &steps)?;
-        iter::zip(&logits, &steps[1..]).try_for_each(|(logits, tokens)| note(logits, tokens, rows, hypotheses))
+        iter::zip(&logits, &steps[1..])
+            .try_for_each(|(logits, tokens)| note(logits, tokens, rows, hypotheses))
     }
 }
 
 /// Notes the tokens' log-probabilities under the model, of those that are among their completion's.
-pub(super) fn note(logits: &Tensor, tokens: &[i64], rows: &[usize], hypotheses: &mut [Hypothesis]) -> Result<()> {
+pub(super) fn note(
+    logits: &Tensor,
+    tokens: &[i64],
+    rows: &[usize],
+    hypotheses: &mut [Hypothesis],
+) -> Result<()> {
     for (&row, logprob) in iter::zip(rows, sample::log_prob_of(logits, tokens)?) {
         let hypothesis = &mut hypotheses[row];
         if hypothesis.logprobs.len() < hypothesis.ids.len() {

@@ -3,8 +3,8 @@
 mod beam;
 mod beams;
 mod diverse_beam;
-mod jump_forward;
 mod energies;
+mod jump_forward;
 mod resampling;
 mod sampling;
 mod smc;

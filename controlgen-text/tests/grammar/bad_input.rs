@@ -123,7 +123,8 @@ fn hostile_grammars_end() {
     for i in 0..3000 {
         wide.insert(format!("p{i}"), json!({"type": "string", "pattern": "^(a|b)*c{3}$"}));
     }
-    let looped = json!({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}});
+    let looped =
+        json!({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}});
     let mut doubled = json!({"type": "string"});
     for _ in 0..25 {
         doubled = json!({"anyOf": [doubled.clone(), {"type": "integer"}]});
@@ -147,7 +148,10 @@ fn hostile_grammars_end() {
         ("itself", Grammar::json_schema(&json!({"allOf": [{"$ref": "#"}]}))),
         ("doubled", Grammar::json_schema(&doubled)),
         ("patterns at once", Grammar::json_schema(&json!({"type": "string", "allOf": all_of}))),
-        ("many items", Grammar::json_schema(&json!({"type": "array", "minItems": 1_000_000, "maxItems": 2_000_000}))),
+        (
+            "many items",
+            Grammar::json_schema(&json!({"type": "array", "minItems": 1_000_000, "maxItems": 2_000_000})),
+        ),
         ("a long string", Grammar::json_schema(&json!({"type": "string", "minLength": 5_000_000}))),
     ];
     for (name, grammar) in cases {

@@ -70,7 +70,10 @@ fn what_the_length_cuts_off() {
     let model = model();
     let cut = model.generate("The sky").sample(4).max_new_tokens(3).extract::<Person>().unwrap_err();
     let Error::Incomplete { text, reason, what } = &cut else { panic!("{cut}") };
-    assert!(!text.is_empty() && "{\"name\": \"".starts_with(&text[..1]) && reason.contains("Length"), "{cut}");
+    assert!(
+        !text.is_empty() && "{\"name\": \"".starts_with(&text[..1]) && reason.contains("Length"),
+        "{cut}"
+    );
     assert!(what.contains("Person"), "{cut}");
 }
 
@@ -84,5 +87,8 @@ struct Unsupported {
 #[test]
 fn types_that_grammars_cannot_say() {
     let error = model().generate("a").extract::<Unsupported>().unwrap_err();
-    assert!(matches!(&error, Error::Unsupported { what, .. } if what.contains("`not` at #/properties/value")), "{error}");
+    assert!(
+        matches!(&error, Error::Unsupported { what, .. } if what.contains("`not` at #/properties/value")),
+        "{error}"
+    );
 }

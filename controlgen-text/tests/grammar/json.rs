@@ -27,10 +27,12 @@ fn is_person(value: &Value) -> bool {
     let name = value["name"].as_str().is_some_and(|name| (1..=4).contains(&name.chars().count()));
     let age = value["age"].as_i64().is_some_and(|age| (0..=130).contains(&age));
     let colour = |of: &Value| of == "red" || of == "green";
-    let tags = value["tags"].as_array().is_some_and(|all| (1..=2).contains(&all.len()) && all.iter().all(colour));
+    let tags =
+        value["tags"].as_array().is_some_and(|all| (1..=2).contains(&all.len()) && all.iter().all(colour));
     let digits = |zip: &str| zip.len() == 5 && zip.bytes().all(|b| b.is_ascii_digit());
     let home = &value["home"];
-    let home = home.is_null() || home["zip"].as_str().is_some_and(digits) && home.as_object().unwrap().len() == 1;
+    let home =
+        home.is_null() || home["zip"].as_str().is_some_and(digits) && home.as_object().unwrap().len() == 1;
     name && age && tags && home && value.as_object().unwrap().len() == 4
 }
 
@@ -41,8 +43,15 @@ fn values_are_the_schemas() {
     let written: [(Whitespace, Grammar); 3] =
         [Whitespace::Compact, Whitespace::Spaced, Whitespace::Flexible { most: 2 }].map(|w| (w, with(w)));
     for (whitespace, grammar) in &written {
-        for completion in
-            model.generate("The sky").grammar(grammar).sample(1).n(12).max_new_tokens(300).run().unwrap().completions
+        for completion in model
+            .generate("The sky")
+            .grammar(grammar)
+            .sample(1)
+            .n(12)
+            .max_new_tokens(300)
+            .run()
+            .unwrap()
+            .completions
         {
             let text = &completion.text;
             let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{text}: {error}"));

@@ -19,14 +19,22 @@ use controlgen_text::tokenizer::Tokenizer;
 pub const EOS: i64 = 300;
 
 pub fn tokenizer(name: &str) -> Tokenizer {
-    Tokenizer::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer").join(name)).unwrap()
+    Tokenizer::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer").join(name))
+        .unwrap()
 }
 
 /// A table over a tokenizer, with more logits than it has tokens.
 pub fn model_of(name: &str) -> TextModel {
     let tokenizer = tokenizer(name);
     let vocab = tokenizer.vocab_size() + 7;
-    let config = TableLmConfig { vocab, order: 1, eos: vec![EOS], scale: 2.5, context: 4096, ..TableLmConfig::default() };
+    let config = TableLmConfig {
+        vocab,
+        order: 1,
+        eos: vec![EOS],
+        scale: 2.5,
+        context: 4096,
+        ..TableLmConfig::default()
+    };
     TextModel::new(Box::new(TableLm::new(&config).unwrap()), tokenizer).unwrap()
 }
 

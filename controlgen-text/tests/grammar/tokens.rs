@@ -58,8 +58,10 @@ fn masks_are_brute_force() {
             for &id in &ids {
                 control.advance(&mut state, &[id]).unwrap();
             }
-            let said: Vec<u8> = ids.iter().flat_map(|&id| model.tokenizer().token_bytes(id).unwrap()).collect();
-            let found = allowed(&control.score(&mut state, Tensor::zeros([1, vocab], kind::FLOAT_CPU)).unwrap());
+            let said: Vec<u8> =
+                ids.iter().flat_map(|&id| model.tokenizer().token_bytes(id).unwrap()).collect();
+            let found =
+                allowed(&control.score(&mut state, Tensor::zeros([1, vocab], kind::FLOAT_CPU)).unwrap());
             let expected = may_follow(&model, &said);
             assert_eq!(found, expected, "{family}, after {:?}", String::from_utf8_lossy(&said));
             let whole = CHOICES.iter().any(|choice| choice.as_bytes() == said);
@@ -89,7 +91,8 @@ fn samples_are_the_masked_models() {
         let said: Vec<u8> = ids.iter().flat_map(|&id| model.tokenizer().token_bytes(id).unwrap()).collect();
         let read = Tensor::from_slice(&[&prompt[..], &ids].concat()).unsqueeze(0);
         let mut state = model.lm().start(Source::Rows(1), &Pass::default()).unwrap();
-        let logits = model.lm().forward(LmInput::ids(&read).last(), &mut state, &Pass::default()).unwrap().logits;
+        let logits =
+            model.lm().forward(LmInput::ids(&read).last(), &mut state, &Pass::default()).unwrap().logits;
         let logits: Vec<f64> = Vec::try_from(logits.view(-1).to_kind(Kind::Double)).unwrap();
         let may = may_follow(&model, &said);
         let sum: f64 = may.iter().map(|&id| logits[id as usize].exp()).sum();
@@ -236,7 +239,12 @@ fn same(a: &Completion, b: &Completion, at: &str) {
     assert_eq!(b.logprobs.len(), b.ids.len(), "{at}");
     let near = |a: f64, b: f64| a == b || (a - b).abs() < 1e-4;
     assert!(near(a.score, b.score), "{at}: {} and {}", a.score, b.score);
-    assert!(a.logprobs.iter().zip(&b.logprobs).all(|(&a, &b)| near(a, b)), "{at}: {:?} {:?}", a.logprobs, b.logprobs);
+    assert!(
+        a.logprobs.iter().zip(&b.logprobs).all(|(&a, &b)| near(a, b)),
+        "{at}: {:?} {:?}",
+        a.logprobs,
+        b.logprobs
+    );
 }
 
 #[test]
@@ -261,7 +269,8 @@ fn jump_forward_changes_nothing() {
                     passes.store(0, Ordering::Relaxed);
                     let generate = model.generate_batch(prompts.iter().copied()).n(n).sample(seed);
                     let generate = generate.with(control.clone().jump_forward(jump)).max_new_tokens(most);
-                    let generate = generate.with(Temperature::new(1.5).unwrap()).with(TopP::new(0.99).unwrap());
+                    let generate =
+                        generate.with(Temperature::new(1.5).unwrap()).with(TopP::new(0.99).unwrap());
                     let ran = generate.stop(stop).run().unwrap();
                     (ran.completions, passes.load(Ordering::Relaxed))
                 };

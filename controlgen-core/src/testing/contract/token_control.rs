@@ -333,7 +333,11 @@ fn forced<C: TokenControl>(c: &Case<'_, C>) -> Check {
             let left: Vec<i64> = Vec::try_from(left.f_get(row as i64)?.f_nonzero()?.f_view(-1)?)?;
             if let Some(token) = forced {
                 let found = format!("{left:?}");
-                demand(left == [token], format!("token {token} alone, as forced after {step} tokens"), found)?;
+                demand(
+                    left == [token],
+                    format!("token {token} alone, as forced after {step} tokens"),
+                    found,
+                )?;
             }
             let banned = c.vocab - left.len() as i64;
             demand(may != Bans::Nothing || banned == 0, "no bans, as declared", format!("{banned}"))?;
@@ -344,7 +348,8 @@ fn forced<C: TokenControl>(c: &Case<'_, C>) -> Check {
             for token in 0..c.vocab {
                 let logits = Tensor::f_full([3, c.vocab], f64::NEG_INFINITY, (Kind::Float, Device::Cpu))?;
                 let _ = logits.f_select(1, token)?.f_fill_(-1.0)?;
-                let kept = c.control.score(&mut state, logits)?.f_select(1, token)?.f_gt(f64::NEG_INFINITY)?;
+                let kept =
+                    c.control.score(&mut state, logits)?.f_select(1, token)?.f_gt(f64::NEG_INFINITY)?;
                 let kept = kept.f_all()?.f_int64_value(&[])? != 0;
                 demand(kept, "the last token left to be kept, as declared", format!("token {token} banned"))?;
             }
