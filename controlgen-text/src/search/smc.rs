@@ -309,9 +309,7 @@ impl<'s> Swarm<'s> {
                 .collect(),
             // log p alone is normalised.
             None if task.controls.is_empty() => vec![0.0; tokens.len()],
-            None => {
-                to_vec(&target.f_logsumexp([-1].as_slice(), false)?)?.into_iter().map(f64::from).collect()
-            }
+            None => to_vec(&target.f_logsumexp([-1].as_slice(), false)?)?.into_iter().map(f64::from).collect(),
         };
         for (row, &i) in self.rows.iter().enumerate() {
             let Particle { so_far, log_weight, .. } = &mut self.particles[i];

@@ -11,7 +11,7 @@ use controlgen_text::search::{Choice, Finish, Particles, Search, Smc, Task};
 use tch::{Kind, Tensor};
 
 use crate::listeners::Told;
-use crate::{Corners, EOS, LENGTH, PROMPT, all, cornered, corners, fours, p_value, said, table, task};
+use crate::{Corners, EOS, LENGTH, PROMPT, all, corners, cornered, fours, p_value, said, table, task};
 
 /// What is to be sampled, with its name and γ of every continuation.
 struct Case {
@@ -114,11 +114,7 @@ fn particles_are_the_target() {
                 if log_weight.is_finite() {
                     *mass.entry(said(hypothesis)).or_default() += log_weight.exp();
                     let gamma = case.log_gamma[&said(hypothesis)];
-                    assert!(
-                        (hypothesis.score - gamma).abs() < 1e-4,
-                        "{}: {hypothesis:?}, {gamma}",
-                        case.name
-                    );
+                    assert!((hypothesis.score - gamma).abs() < 1e-4, "{}: {hypothesis:?}, {gamma}", case.name);
                 }
             }
             let target = |ids: &[i64]| (case.log_gamma[ids] - log_z).exp();
@@ -135,10 +131,7 @@ fn particles_are_the_target() {
             let worth = found.effective_sample_size();
             let spread = |ids: &Vec<i64>| (2.0 * target(ids) * (1.0 - target(ids)) / (worth * PI)).sqrt();
             let chance: f64 = case.log_gamma.keys().map(spread).sum();
-            assert!(
-                distance < 1.5 * chance && distance / 2.0 < 0.06,
-                "{name}: {distance}, {chance} by chance"
-            );
+            assert!(distance < 1.5 * chance && distance / 2.0 < 0.06, "{name}: {distance}, {chance} by chance");
             assert!((found.log_normaliser - log_z).abs() < 0.03, "{name}: {}", found.log_normaliser);
             assert!((found.log_weights.iter().map(|w| w.exp()).sum::<f64>() - 1.0).abs() < 1e-9);
         }
@@ -159,8 +152,7 @@ fn without_weights_it_is_another_distribution() {
     drawn.iter().for_each(|h| *mass.entry(said(h)).or_default() += 1.0 / 20_000.0);
     let target = |ids: &[i64]| case.log_gamma.get(ids).map_or(0.0, |g| (g - log_z).exp());
     let seen: f64 = mass.iter().map(|(ids, m)| (m - target(ids)).abs()).sum();
-    let unseen: f64 =
-        case.log_gamma.keys().filter(|ids| !mass.contains_key(*ids)).map(|ids| target(ids)).sum();
+    let unseen: f64 = case.log_gamma.keys().filter(|ids| !mass.contains_key(*ids)).map(|ids| target(ids)).sum();
     println!("total variation without weights {:.3}", (seen + unseen) / 2.0);
     assert!((seen + unseen) / 2.0 > 0.3);
 }
@@ -192,10 +184,8 @@ fn estimates_have_no_bias() {
                     Err(error) => panic!("{error}"),
                 };
                 for ((_, f), (sum, squares)) in of.iter().zip(&mut sums) {
-                    let alive =
-                        found.hypotheses.iter().zip(&found.log_weights).filter(|(_, w)| w.is_finite());
-                    let x =
-                        found.log_normaliser.exp() * alive.map(|(h, w)| w.exp() * f(&said(h))).sum::<f64>();
+                    let alive = found.hypotheses.iter().zip(&found.log_weights).filter(|(_, w)| w.is_finite());
+                    let x = found.log_normaliser.exp() * alive.map(|(h, w)| w.exp() * f(&said(h))).sum::<f64>();
                     (*sum, *squares) = (*sum + x, *squares + x * x);
                 }
             }
@@ -289,9 +279,7 @@ fn what_a_listener_ends_is_finished() {
     let controls = cornered();
     let run = |eos: &[i64], stop: i64| {
         let mut told = Told { stop: vec![stop], ..Told::new(2) };
-        settings
-            .particles(&Task { max_new_tokens: 8, eos, ..task(&lm, &prompts, &controls) }, &mut told)
-            .unwrap()
+        settings.particles(&Task { max_new_tokens: 8, eos, ..task(&lm, &prompts, &controls) }, &mut told).unwrap()
     };
     let (ended, stopped) = (run(&[6, 1], -1), run(&[1], 6));
     let mut found = 0;
