@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use benches::models;
 use controlgen_core::{Error, Result, Rows, TokenControl};
-use controlgen_text::grammar::{Grammar, GrammarControl, Vocabulary};
+use controlgen_text::grammar::{Grammar, GrammarControl, GrammarState, Vocabulary};
 use controlgen_text::tokenizer::{Special, Tokenizer};
 use criterion::{BatchSize, BenchmarkId, Criterion};
 use serde_json::json;
@@ -19,6 +19,24 @@ fn tokenizer() -> Result<(&'static str, Tokenizer)> {
     let small =
         concat!(env!("CARGO_MANIFEST_DIR"), "/../controlgen-text/tests/fixtures/tokenizer/byte_level");
     Ok(("small", Tokenizer::open(small)?))
+}
+
+/// Advances by a text, as far as it goes where its spelling is forced.
+fn follow(control: &GrammarControl, state: &mut GrammarState, tokenizer: &Tokenizer, said: &str) -> Result<()> {
+    let mut left = said;
+    while !left.is_empty() {
+        let forced = control.forced(state, 0)?;
+        let id = match forced {
+            Some(id) => Some(id),
+            None => tokenizer.encode(left, Special::Keep)?.first().copied(),
+        };
+        let bytes = id.and_then(|id| tokenizer.token_bytes(id)).unwrap_or_default();
+        let rest = std::str::from_utf8(&bytes).ok().and_then(|text| left.strip_prefix(text));
+        let (Some(id), Some(rest)) = (id, rest) else { break };
+        control.advance(state, &[id])?;
+        left = rest;
+    }
+    Ok(())
 }
 
 fn masks(c: &mut Criterion) -> Result<()> {
@@ -43,10 +61,7 @@ fn masks(c: &mut Criterion) -> Result<()> {
         let control = GrammarControl::new(grammar, &vocabulary)?;
         for batch in [1i64, 8] {
             let mut state = control.start(&[vec![0]])?;
-
-            for id in tokenizer.encode(said, Special::Keep)? {
-                control.advance(&mut state, &[id])?;
-            }
+            follow(&control, &mut state, &tokenizer, said)?;
             state.reorder(&vec![0; usize::try_from(batch).unwrap_or(1)])?;
             let plain = Tensor::f_zeros([batch, tokenizer.vocab_size()], (Kind::Float, Device::Cpu))?;
             let plain = || plain.f_detach_copy().map_err(Error::from);
