@@ -3,6 +3,7 @@
 pub mod conformance;
 pub mod decode;
 pub mod device_suite;
+pub mod grammars;
 pub mod lexical;
 pub mod models;
 pub mod paired;

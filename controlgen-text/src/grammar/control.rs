@@ -24,8 +24,8 @@ use crate::controls::{ban_where, dims};
 /// `finish` weighs a text that is not whole with −∞: it has no probability under the grammar. So a search by beams drops
 /// what the length cuts off; sampling gives it, with that score and [`Finish::Length`](crate::search::Finish::Length).
 ///
-/// The engine is the `llguidance` crate: an Earley parser over lexemes, whose states are derivatives of regular
-/// expressions (Moskal et al.), with the tokens in a trie.
+/// The engine is the `llguidance` crate: Earley's parser (Earley, "An efficient context-free parsing algorithm", 1970)
+/// over lexemes that are recognised by derivatives of regular expressions (Brzozowski, 1964), with the tokens in a trie.
 ///
 /// *Cost*: about 50 µs a row for the mask, and 20 µs to apply it at 50,000 tokens; a fork copies the parser's rows, and
 /// shares the lexer's states with the other rows of its run.
