@@ -1,12 +1,12 @@
 //! What drafting saves a text that says much again: speculative greedy search over greedy search.
 //!
-//! `speculative [--model DIRECTORY] [--dtype bf16|f32] [--tokens N] [--fours N] [--layers K]`
+//! `speculative [--model DIRECTORY] [--dtype bf16|f32] [--tokens N] [--fours N] [--draft N] [--layers K]`
 //!
 //! The prompt is a passage and the beginning of the same passage, so that the model copies. Both ways complete it with N
 //! tokens (64), one text at a time, and are timed side by side (`benches::paired`); printed are the median of the ratios,
 //! time of greedy search over that of the other, with a 95 % interval by the percentile bootstrap, what was kept of the
-//! drafts, and whether the tokens are the same. Drafts are looked up in the text, and, with `--layers`, made by the
-//! model's own first K layers. Without `--model`: SmolLM2 in f32 and in bf16, where set-up has put it.
+//! drafts, and whether the tokens are the same. Drafts have 7 tokens and are looked up in the text, and, with
+//! `--layers`, made by the model's own first K layers. Without `--model`: SmolLM2 in f32 and in bf16, where set-up has put it.
 
 use std::process::ExitCode;
 
@@ -29,13 +29,14 @@ struct Options {
     dtypes: Vec<String>,
     tokens: usize,
     fours: usize,
+    draft: usize,
     layers: Option<usize>,
 }
 
 impl Options {
     fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self> {
         let dtypes = vec!["f32".to_owned(), "bf16".to_owned()];
-        let mut options = Self { model: None, dtypes, tokens: 64, fours: 12, layers: None };
+        let mut options = Self { model: None, dtypes, tokens: 64, fours: 12, draft: 7, layers: None };
         while let Some(argument) = arguments.next() {
             let mut value = || {
                 arguments.next().ok_or_else(|| Error::value(argument.as_str(), "a value after it", "nothing"))
@@ -49,9 +50,11 @@ impl Options {
                 "--dtype" => options.dtypes = vec![value()?],
                 "--tokens" => options.tokens = number(value()?)?,
                 "--fours" => options.fours = number(value()?)?,
+                "--draft" => options.draft = number(value()?)?,
                 "--layers" => options.layers = Some(number(value()?)?),
                 other => {
-                    let expected = "--model DIRECTORY, --dtype bf16|f32, --tokens N, --fours N or --layers K";
+                    let expected =
+                        "--model DIRECTORY, --dtype bf16|f32, --tokens N, --fours N, --draft N or --layers K";
                     return Err(Error::value("argument", expected, other));
                 }
             }
@@ -75,13 +78,12 @@ fn report(name: &str, model: &TextModel, options: &Options) -> Result<()> {
         n: 1,
     };
     let greedy = Choice::Greedy.run(&task, &mut ())?;
-    let mut ways = vec![
-        ("look-up, 7 tokens".to_owned(), Speculative::prompt_lookup(Choice::Greedy, 3, 7)?),
-        ("look-up, 15 tokens".to_owned(), Speculative::prompt_lookup(Choice::Greedy, 3, 15)?),
-    ];
+    let draft = options.draft;
+    let look_up = Speculative::prompt_lookup(Choice::Greedy, 3, draft)?;
+    let mut ways = vec![(format!("look-up, {draft} tokens"), look_up)];
     if let Some(layers) = options.layers {
-        let draft = Speculative::draft_model(Choice::Greedy, model.first_layers(layers)?, 4)?;
-        ways.push((format!("the first {layers} layers, 4 tokens"), draft));
+        let first = Speculative::draft_model(Choice::Greedy, model.first_layers(layers)?, draft)?;
+        ways.push((format!("the first {layers} layers, {draft} tokens"), first));
     }
     for (what, search) in ways {
         let (found, kept) = search.complete(&task, &mut ())?;
