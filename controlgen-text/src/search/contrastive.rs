@@ -32,7 +32,19 @@ use crate::sample;
 /// positions. A text ends one token before the model's last position, since each candidate is read.
 ///
 /// ```no_run
-/// # EXAMPLE
+/// # fn main() -> controlgen_core::Result<()> {
+/// use controlgen_core::Placement;
+/// use controlgen_text::{TextModel, search::Contrastive};
+///
+/// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+/// let done = model.generate("The old library").search(Contrastive::new(0.6, 4)?).max_new_tokens(32).run()?;
+/// // ". I'm going to take a walk through the archives, see what I can find. (pauses to examine a crate of
+/// // ancient artifacts) Ah,", where greedy search says
+/// // ", a place where the past is preserved, where the past is lived in.\n\nThe old library was a place where the
+/// // past was lived in, a"
+/// println!("{:?}", done.text());
+/// # Ok(())
+/// # }
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ContrastiveSearch {

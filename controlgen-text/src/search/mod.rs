@@ -153,7 +153,8 @@ pub struct Hypothesis {
     /// log p(token | tokens before it) under the model alone, of each of `ids`.
     pub logprobs: Vec<f64>,
     /// The sum of log-probabilities under the model and its controls, the ending token's included. A search by beams
-    /// has it as [`BeamSearch`] says: scores not normalised again, and divided by a power of the length.
+    /// has it as [`BeamSearch`] says: scores not normalised again, and divided by a power of the length; [`Smc`] has
+    /// log γ, [`BestOf`] its scorer's.
     pub score: f64,
     /// Why it ended.
     pub finish: Finish,
