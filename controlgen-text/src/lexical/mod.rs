@@ -22,6 +22,9 @@
 //! # Ok::<(), controlgen_core::Error>(())
 //! ```
 //!
+//! They are enforced by a control under any search ([`LexicalConstraints`](crate::controls::LexicalConstraints)), and
+//! sought by beams ([`NeuroLogic`](crate::search::NeuroLogic), [`GridBeam`](crate::search::GridBeam)).
+//!
 
 mod clauses;
 mod consistent;
