@@ -25,6 +25,8 @@ pub fn exit(result: controlgen_core::Result<()>) -> ExitCode {
 mod guide {
     #[doc = include_str!("../../docs/guide/text.md")]
     mod text {}
+    #[doc = include_str!("../../docs/guide/constraints.md")]
+    mod constraints {}
     #[doc = include_str!("../../docs/guide/inside.md")]
     mod inside {}
     #[doc = include_str!("../../docs/guide/adapters.md")]

@@ -3,7 +3,7 @@ use controlgen_core::{Placement, Result};
 use controlgen_text::TextModel;
 use controlgen_text::controls::LexicalConstraints;
 use controlgen_text::lexical::{Clause, Clauses};
-use controlgen_text::search::{BeamSearch, GridBeam, NeuroLogic};
+use controlgen_text::search::{BeamSearch, GridBeamSearch, NeuroLogic};
 use controlgen_text::words::TokenTrie;
 
 fn main() -> Result<()> {
@@ -60,7 +60,7 @@ fn main() -> Result<()> {
             run = run.with(controlgen_text::controls::NoRepeatNgram::new(get("ngram", 0.0) as usize)?);
         }
         run = match method {
-            "grid" => run.search(GridBeam::new(beams, &clauses)),
+            "grid" => run.search(GridBeamSearch::new(beams, &clauses)),
             "sample" => run
                 .with(
                     LexicalConstraints::new(&clauses, model.eos().to_vec())?

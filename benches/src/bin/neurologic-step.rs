@@ -53,7 +53,8 @@ fn measure() -> Result<()> {
         Ok(NeuroLogic::new(beams, Clauses::new(&trie, clauses)?))
     };
     let (one, ten) = (neurologic(1)?, neurologic(10)?);
-    let searches: [(&str, &dyn Search); 3] = [("plain beams", &beams), ("1 clause", &one), ("10 clauses", &ten)];
+    let searches: [(&str, &dyn Search); 3] =
+        [("plain beams", &beams), ("1 clause", &one), ("10 clauses", &ten)];
     for (name, search) in searches {
         run(&*lm, search, TOKENS)?;
         let begin = Instant::now();

@@ -1,4 +1,4 @@
-//! Contrastive search: probable tokens that do not say again what was said.
+//! ContrastiveSearch search: probable tokens that do not say again what was said.
 
 use std::iter;
 
@@ -18,7 +18,7 @@ use crate::sample;
 /// ```
 ///
 /// h_v being the model's last hidden state when it reads v after the text x, and h_j those of all tokens of x, the
-/// prompt's included. α = 0 is greedy search. Su, Lan, Wang, Yogatama, Kong and Collier, "A Contrastive Framework for
+/// prompt's included. α = 0 is greedy search. Su, Lan, Wang, Yogatama, Kong and Collier, "A ContrastiveSearch Framework for
 /// Neural Text Generation" (NeurIPS 2022), equation 5; they take k from 3 to 10 and α around 0.6. It is what transformers
 /// did with `penalty_alpha` and `top_k` until 4.56, but for one thing: a token that the controls ban is no candidate, where
 /// that took it if fewer than k were left.
@@ -35,12 +35,12 @@ use crate::sample;
 /// # EXAMPLE
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Contrastive {
+pub struct ContrastiveSearch {
     penalty_alpha: f64,
     top_k: usize,
 }
 
-impl Contrastive {
+impl ContrastiveSearch {
     /// `penalty_alpha` in 0 ..= 1, and `top_k` of at least 1.
     ///
     /// # Errors
@@ -58,7 +58,7 @@ impl Contrastive {
 
 /// One completion a prompt. The errors beside those of greedy search: [`Error::Value`] for more; [`Error::Unsupported`] for a
 /// model whose last linear site is not the output product.
-impl Search for Contrastive {
+impl Search for ContrastiveSearch {
     fn run(&self, task: &Task<'_>, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
         let _guard = tch::no_grad_guard();
         task.validate()?;

@@ -26,12 +26,12 @@ use crate::lexical::ClausesOf;
 ///
 /// *Cost*: that of beam search, whatever C; num_beams should be more than C.
 #[derive(Clone, Debug)]
-pub struct GridBeam {
+pub struct GridBeamSearch {
     beams: BeamSearch,
     clauses: ClausesOf,
 }
 
-impl GridBeam {
+impl GridBeamSearch {
     /// Beams, and the clauses of all prompts, or of each ([`ClausesOf`]).
     #[must_use]
     pub fn new(beams: BeamSearch, clauses: impl Into<ClausesOf>) -> Self {
@@ -43,14 +43,14 @@ impl GridBeam {
 ///
 /// More completions than beams are refused, and sets of clauses that are not one for each prompt or one for all;
 /// [`Error::AllBanned`](controlgen_core::Error::AllBanned) names the prompt of which no hypothesis is left.
-impl Search for GridBeam {
+impl Search for GridBeamSearch {
     fn run(&self, task: &Task<'_>, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
         self.clauses.check(task.prompts.len())?;
         run(task, &Plan { beams: self.beams, groups: 1, diversity_penalty: 0.0 }, self, listener)
     }
 }
 
-impl Rule for GridBeam {
+impl Rule for GridBeamSearch {
     type Memo = Memo;
 
     fn start(&self, prompt: usize, ids: &[i64]) -> Result<Memo> {

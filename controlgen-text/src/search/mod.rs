@@ -29,9 +29,9 @@ use crate::controls::in_vocabulary;
 
 pub use beam::{BeamSearch, EarlyStopping};
 pub use best_of::BestOf;
-pub use contrastive::Contrastive;
+pub use contrastive::ContrastiveSearch;
 pub use diverse_beam::DiverseBeamSearch;
-pub use grid_beam::GridBeam;
+pub use grid_beam::GridBeamSearch;
 pub use neurologic::NeuroLogic;
 pub use sampling::Choice;
 pub use smc::{Particles, Smc};

@@ -3,7 +3,7 @@
 use controlgen_core::{Pass, TokenControls};
 use controlgen_text::controls::NoRepeatNgram;
 use controlgen_text::search::{
-    BeamSearch, EarlyStopping, Finish, GridBeam, Hypothesis, NeuroLogic, Search, Task,
+    BeamSearch, EarlyStopping, Finish, GridBeamSearch, Hypothesis, NeuroLogic, Search, Task,
 };
 
 use super::*;
@@ -61,7 +61,7 @@ fn wide(clauses: &Clauses) -> [Box<dyn Search>; 3] {
     [
         Box::new(patient.clone()),
         Box::new(patient.look_ahead(2, 0.5).unwrap()),
-        Box::new(GridBeam::new(beams, clauses)),
+        Box::new(GridBeamSearch::new(beams, clauses)),
     ]
 }
 
@@ -113,7 +113,7 @@ fn prompts_have_their_own_clauses() {
         [
             Box::new(neurologic.clone()),
             Box::new(neurologic.look_ahead(1, 1.0).unwrap()),
-            Box::new(GridBeam::new(beams, sets)),
+            Box::new(GridBeamSearch::new(beams, sets)),
         ]
     };
     for (which, together) in search(sets.len()).iter().enumerate() {
