@@ -23,8 +23,7 @@
 //! ```
 //!
 //! They are enforced by a control under any search ([`LexicalConstraints`](crate::controls::LexicalConstraints)), and
-//! sought by beams ([`NeuroLogic`](crate::search::NeuroLogic), [`GridBeam`](crate::search::GridBeam)).
-//!
+//! sought by beams ([`NeuroLogic`](crate::search::NeuroLogic), [`GridBeamSearch`](crate::search::GridBeamSearch)).
 
 mod clauses;
 mod consistent;

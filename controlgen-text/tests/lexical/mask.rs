@@ -188,12 +188,10 @@ fn smc_samples_the_model_given_the_clauses() {
             };
             let found = Smc::new(N, 3).unwrap().particles(&task, &mut ()).unwrap().remove(0);
             let at = format!("{formula:?}, reward {reward}");
-            assert!(
-                (found.log_normaliser - z.ln()).abs() < 0.1,
-                "{at}: {}, {}",
-                found.log_normaliser,
-                z.ln()
-            );
+            // As few particles as this say what holds, where nothing leads them.
+            let few = N as f64 * z;
+            let error = (found.log_normaliser - z.ln()).abs();
+            assert!(error < 5.0 / few.sqrt(), "{at}: {}, {}", found.log_normaliser, z.ln());
             let mut estimate = vec![0.0; vocab];
             for (hypothesis, log_weight) in found.hypotheses.iter().zip(&found.log_weights) {
                 estimate[said(hypothesis)[0] as usize] += log_weight.exp();
