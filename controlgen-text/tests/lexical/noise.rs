@@ -63,7 +63,7 @@ fn greedy_search_under_noise_samples() {
 #[test]
 fn beams_under_noise_vary() {
     let (lm, formula) = (table(9), &formulas()[0]);
-    let search = GridBeamSearch::new(BeamSearch::new(8).unwrap(), &clauses(formula));
+    let search = GridBeamSearch::new(BeamSearch::new(8).unwrap(), clauses(formula));
     let mut found: Vec<Vec<i64>> = (0..30).map(|seed| run(&lm, seed, 1.0, &search)).collect();
     for ids in &found {
         assert!(unmet(formula, &text(&PROMPT), &text(ids)).is_empty(), "{ids:?}");
