@@ -59,4 +59,4 @@ pub use masked_lm::MaskedLm;
 pub use pass::{Pass, Taps};
 pub use shared_tensor::SharedTensor;
 pub use sites::{Dims, Site, SiteId, SiteKind, SiteMap, Slice};
-pub use token_control::{PerRow, Role, RowControl, TokenControl, TokenControls, TokenControlsState};
+pub use token_control::{Bans, PerRow, Role, RowControl, TokenControl, TokenControls, TokenControlsState};

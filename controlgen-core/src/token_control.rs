@@ -15,6 +15,19 @@ pub enum Role {
     Proposal,
 }
 
+/// Which tokens a control may ban: what decides whether a token that another control forces can be taken without
+/// asking this one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Bans {
+    /// None: it only moves finite scores.
+    Nothing,
+    /// Any but the last one left, as top-p does.
+    NotTheLast,
+    /// Any.
+    #[default]
+    Any,
+}
+
 /// A control over the next token, for a whole batch.
 ///
 /// A search calls `start` once with the prompts, then in each step `score` and, once tokens are chosen, `advance`.
@@ -61,6 +74,21 @@ pub trait TokenControl: Clone + Send + 'static {
     fn role(&self) -> Role {
         Role::Potential
     }
+
+    /// The only token that `score` would leave in this row, whatever the logits, where that is known without them:
+    /// then a search may take the token without asking the model. `None` promises nothing.
+    ///
+    /// # Errors
+    /// The control's own.
+    fn forced(&self, state: &mut Self::State, row: usize) -> Result<Option<i64>> {
+        let _ = (state, row);
+        Ok(None)
+    }
+
+    /// Which tokens it may ban.
+    fn bans(&self) -> Bans {
+        Bans::Any
+    }
 }
 
 /// A control that thinks of one hypothesis at a time: its state is a value that can be cloned.
@@ -99,6 +127,11 @@ pub trait RowControl: Clone + Send + 'static {
     fn role(&self) -> Role {
         Role::Potential
     }
+
+    /// Which tokens it may ban.
+    fn bans(&self) -> Bans {
+        Bans::Any
+    }
 }
 
 /// Lifts a [`RowControl`] to batches.
@@ -133,6 +166,10 @@ impl<C: RowControl> TokenControl for PerRow<C> {
     fn role(&self) -> Role {
         self.0.role()
     }
+
+    fn bans(&self) -> Bans {
+        self.0.bans()
+    }
 }
 
 /// [`TokenControl`] with its state erased.
@@ -143,6 +180,8 @@ trait AnyTokenControl: Send {
     fn advance(&self, state: &mut BoxRows, tokens: &[i64]) -> Result<()>;
     fn finish(&self, state: &BoxRows, row: usize) -> Result<f64>;
     fn role(&self) -> Role;
+    fn forced(&self, state: &mut BoxRows, row: usize) -> Result<Option<i64>>;
+    fn bans(&self) -> Bans;
 }
 
 impl<C: TokenControl> AnyTokenControl for C {
@@ -163,6 +202,12 @@ impl<C: TokenControl> AnyTokenControl for C {
     }
     fn role(&self) -> Role {
         TokenControl::role(self)
+    }
+    fn forced(&self, state: &mut BoxRows, row: usize) -> Result<Option<i64>> {
+        TokenControl::forced(self, state.expect_mut()?, row)
+    }
+    fn bans(&self) -> Bans {
+        TokenControl::bans(self)
     }
 }
 
@@ -270,5 +315,26 @@ impl TokenControl for TokenControls {
         } else {
             Role::Potential
         }
+    }
+
+    /// What one of the controls forces, if those before it ban nothing and those after it keep the last one left.
+    fn forced(&self, state: &mut Self::State, row: usize) -> Result<Option<i64>> {
+        let mut before = Bans::Nothing;
+        for (i, (control, state)) in self.controls.iter().zip(&mut state.0).enumerate() {
+            if before != Bans::Nothing {
+                return Ok(None);
+            }
+            if let Some(token) = (**control).forced(state, row)? {
+                let after = self.controls[i + 1..].iter().map(|control| (**control).bans());
+                return Ok(Some(token).filter(|_| after.max() != Some(Bans::Any)));
+            }
+            before = (**control).bans();
+        }
+        Ok(None)
+    }
+
+    /// The most that one of the controls may ban.
+    fn bans(&self) -> Bans {
+        self.controls.iter().map(|control| (**control).bans()).max().unwrap_or(Bans::Nothing)
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use controlgen_core::testing::contract;
-use controlgen_core::{PerRow, Result, Role, RowControl, Rows, TokenControl, TokenControls};
+use controlgen_core::{Bans, PerRow, Result, Role, RowControl, Rows, TokenControl, TokenControls};
 use tch::{Kind, Tensor};
 
 /// What is wrong with it.
@@ -23,6 +23,9 @@ enum Fault {
     CloneOfAnotherRole,
     FinishIsNan,
     FinishByRow,
+    ForcesAnyOther,
+    BansTheLast,
+    BansAfterAll,
 }
 
 /// Lowers each token by half its count in the text, and bans what was said three times.
@@ -121,6 +124,18 @@ impl TokenControl for Penalty {
     fn role(&self) -> Role {
         self.role
     }
+
+    fn forced(&self, _state: &mut Texts, _row: usize) -> Result<Option<i64>> {
+        Ok(Some(3).filter(|_| self.fault == Fault::ForcesAnyOther))
+    }
+
+    fn bans(&self) -> Bans {
+        match self.fault {
+            Fault::BansTheLast => Bans::NotTheLast,
+            Fault::BansAfterAll => Bans::Nothing,
+            _ => Bans::Any,
+        }
+    }
 }
 
 fn penalty(fault: Fault) -> Penalty {
@@ -157,6 +172,101 @@ fn controls_and_stacks_keep_it() {
     contract::token_control(&stack, 7).unwrap();
 }
 
+/// Leaves one token alone: the one after the last.
+#[derive(Clone)]
+struct Counts;
+
+impl TokenControl for Counts {
+    type State = Vec<i64>;
+    fn start(&self, prompts: &[Vec<i64>]) -> Result<Vec<i64>> {
+        Ok(prompts.iter().map(|prompt| prompt.last().copied().unwrap_or(0)).collect())
+    }
+    fn score(&self, state: &mut Vec<i64>, logits: Tensor) -> Result<Tensor> {
+        let only = logits.f_full_like(f64::NEG_INFINITY)?;
+        for (row, last) in (0..).zip(state.iter()) {
+            let token = (last + 1) % 5;
+            let _ = only
+                .f_get(row)?
+                .f_narrow(0, token, 1)?
+                .f_copy_(&logits.f_get(row)?.f_narrow(0, token, 1)?)?;
+        }
+        Ok(only)
+    }
+    fn advance(&self, state: &mut Vec<i64>, tokens: &[i64]) -> Result<()> {
+        *state = tokens.to_vec();
+        Ok(())
+    }
+    fn forced(&self, state: &mut Vec<i64>, row: usize) -> Result<Option<i64>> {
+        Ok(Some((state[row] + 1) % 5))
+    }
+}
+
+/// Keeps half the tokens, by their scores.
+#[derive(Clone)]
+struct Half;
+
+impl TokenControl for Half {
+    type State = ();
+    fn start(&self, _prompts: &[Vec<i64>]) -> Result<()> {
+        Ok(())
+    }
+    fn score(&self, _state: &mut (), logits: Tensor) -> Result<Tensor> {
+        let middle = logits.f_median_dim(-1, true)?.0;
+        Ok(logits.f_masked_fill(&logits.f_lt_tensor(&middle)?, f64::NEG_INFINITY)?)
+    }
+    fn advance(&self, _state: &mut (), _tokens: &[i64]) -> Result<()> {
+        Ok(())
+    }
+    fn bans(&self) -> Bans {
+        Bans::NotTheLast
+    }
+}
+
+/// Adds to the scores of one token.
+#[derive(Clone)]
+struct Likes;
+
+impl TokenControl for Likes {
+    type State = ();
+    fn start(&self, _prompts: &[Vec<i64>]) -> Result<()> {
+        Ok(())
+    }
+    fn score(&self, _state: &mut (), logits: Tensor) -> Result<Tensor> {
+        let _ = logits.f_select(1, 2)?.f_add_scalar_(1.0)?;
+        Ok(logits)
+    }
+    fn advance(&self, _state: &mut (), _tokens: &[i64]) -> Result<()> {
+        Ok(())
+    }
+    fn bans(&self) -> Bans {
+        Bans::Nothing
+    }
+}
+
+/// A stack forces what one of it forces only where the others cannot change it.
+#[test]
+fn stacks_force_where_they_may() {
+    let stacks = [
+        (true, TokenControls::new().with(Counts)),
+        (true, TokenControls::new().with(Likes).with(Counts).with(Half)),
+        (
+            true,
+            TokenControls::new().with(TokenControls::new().with(Likes).with(Counts)).with(Half).with(Likes),
+        ),
+        (false, TokenControls::new().with(Half).with(Counts)),
+        (false, TokenControls::new().with(Counts).with(PerRow(NoRepeat))),
+        (false, TokenControls::new().with(PerRow(NoRepeat)).with(Counts)),
+        (false, TokenControls::new()),
+    ];
+    for (i, (forces, stack)) in stacks.iter().enumerate() {
+        let mut state = stack.start(&[vec![1], vec![4]]).unwrap();
+        let found = [0, 1].map(|row| stack.forced(&mut state, row).unwrap());
+        assert_eq!(found, if *forces { [Some(2), Some(0)] } else { [None; 2] }, "stack {i}");
+    }
+    contract::token_control(&stacks[1].1, 5).unwrap();
+    contract::token_control(&stacks[2].1, 5).unwrap();
+}
+
 #[test]
 fn every_broken_control_is_caught() {
     use Fault::*;
@@ -174,6 +284,9 @@ fn every_broken_control_is_caught() {
         ("clone", CloneOfAnotherRole),
         ("finish", FinishIsNan),
         ("finish", FinishByRow),
+        ("forced", ForcesAnyOther),
+        ("forced", BansTheLast),
+        ("forced", BansAfterAll),
     ];
     let caught = broken.map(|(clause, fault)| (clause, contract::token_control(&penalty(fault), 9)));
     super::all_caught("token_control", &caught);

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use controlgen_core::{Result, TokenControl};
+use controlgen_core::{Bans, Result, TokenControl};
 use tch::Tensor;
 
 use super::{check, scores};
@@ -64,5 +64,9 @@ impl TokenControl for FrequencyPresence {
         scores::advance_rows(state, tokens, |counts, token| {
             *Arc::make_mut(&mut counts.0).entry(token).or_default() += 1;
         })
+    }
+
+    fn bans(&self) -> Bans {
+        Bans::Nothing
     }
 }

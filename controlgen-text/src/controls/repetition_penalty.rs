@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use controlgen_core::{Result, TokenControl};
+use controlgen_core::{Bans, Result, TokenControl};
 use tch::Tensor;
 
 use super::{check, scores};
@@ -104,5 +104,9 @@ impl TokenControl for RepetitionPenalty {
 
     fn advance(&self, state: &mut Vec<Seen>, tokens: &[i64]) -> Result<()> {
         scores::advance_rows(state, tokens, Seen::insert)
+    }
+
+    fn bans(&self) -> Bans {
+        Bans::Nothing
     }
 }

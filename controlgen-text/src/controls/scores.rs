@@ -76,6 +76,19 @@ pub(super) fn ban_below(logits: &mut Tensor, cuts: &[f32]) -> Result<()> {
     Ok(())
 }
 
+/// Bans the cells of a Boolean `[B, V]` that are true.
+pub(crate) fn ban_where(logits: &mut Tensor, banned: &Tensor) -> Result<()> {
+    if logits.device() != Device::Cpu {
+        let _ = logits.f_masked_fill_(banned, f64::NEG_INFINITY)?;
+        return Ok(());
+    }
+    let (logits, banned) = (logits.f_view([-1])?, banned.f_view([-1])?);
+    for (mut part, banned) in iter::zip(logits.f_split(ONE_THREAD, 0)?, banned.f_split(ONE_THREAD, 0)?) {
+        let _ = part.f_masked_fill_(&banned, f64::NEG_INFINITY)?;
+    }
+    Ok(())
+}
+
 /// [`ban_below`] for cuts `[B, 1]` that are on the device; they are not fetched from a GPU.
 pub(super) fn ban_below_tensor(logits: &mut Tensor, cuts: &Tensor) -> Result<()> {
     if logits.device() == Device::Cpu {

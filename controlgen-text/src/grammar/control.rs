@@ -1,14 +1,17 @@
 //! A grammar as a control over the next token.
 
 use std::iter;
+use std::sync::mpsc;
+use std::time::Duration;
 
 use controlgen_core::{Error, Result, Rows, TokenControl};
 use llguidance::Matcher;
-use llguidance::toktrie::TokenId;
+use llguidance::api::TopLevelGrammar;
+use llguidance::toktrie::{SimpleVob, TokenId};
 use tch::Tensor;
 
 use super::{Grammar, Vocabulary};
-use crate::controls::dims;
+use crate::controls::{ban_where, dims};
 
 /// Bans every token after which no text of a grammar could follow: E(x) is 0 for texts of the grammar and ∞ for others.
 ///
@@ -21,46 +24,33 @@ use crate::controls::dims;
 /// `finish` weighs a text that is not whole with −∞: it has no probability under the grammar. So a search by beams drops
 /// what the length cuts off; sampling gives it, with that score and [`Finish::Length`](crate::search::Finish::Length).
 ///
-/// The engine is the `llguidance` crate: an Earley parser over lexemes, whose states are derivatives of regular
-/// expressions (Moskal et al.), with the tokens in a trie.
+/// The engine is the `llguidance` crate: Earley's parser (Earley, "An efficient context-free parsing algorithm", 1970)
+/// over lexemes that are recognised by derivatives of regular expressions (Brzozowski, 1964), with the tokens in a trie.
 ///
 /// *Cost*: about 50 µs a row for the mask, and 20 µs to apply it at 50,000 tokens; a fork copies the parser's rows, and
 /// shares the lexer's states with the other rows of its run.
 pub struct GrammarControl {
     matcher: Matcher,
     vocabulary: Vocabulary,
+    jump_forward: bool,
 }
 
 impl Clone for GrammarControl {
     fn clone(&self) -> Self {
-        Self { matcher: self.matcher.deep_clone(), vocabulary: self.vocabulary.clone() }
+        Self { matcher: self.matcher.deep_clone(), vocabulary: self.vocabulary.clone(), ..*self }
     }
 }
 
 impl GrammarControl {
-    /// The grammar over this vocabulary. Compiling is bounded in time and memory.
+    /// The grammar over this vocabulary. A grammar of usual size compiles in milliseconds; one that takes more than the
+    /// bounds on size, states and work is refused, and so is any that takes longer than 10 seconds. (What intersects
+    /// dozens of patterns goes by the clock alone: its thread is left to itself.)
     ///
     /// # Errors
-    /// [`Error::Value`] for a grammar that does not compile: bad syntax, no text at all, more work than the bounds allow.
+    /// [`Error::Value`] for a grammar that does not compile: bad syntax, no text at all, more work than that.
     pub fn new(grammar: &Grammar, vocabulary: &Vocabulary) -> Result<Self> {
         let wrong = |problem: &str| Error::value(grammar.what, "one that compiles", trimmed(problem));
-        // Compilers of grammars recur, deeper than a thread's usual stack allows.
-        let compiled = std::thread::scope(|scope| {
-            let compile = || {
-                let parser = vocabulary.factory().create_parser(grammar.top_level());
-                let mut matcher = Matcher::new(parser);
-                let first = matcher.compute_mask_or_eos();
-                (matcher, first)
-            };
-            let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, compile);
-            thread.map(|thread| thread.join())
-        });
-        let (mut matcher, first) = match compiled {
-            Ok(Ok(compiled)) => compiled,
-            Ok(Err(_)) => return Err(wrong("its compiler panicked")),
-            Err(error) => return Err(wrong(&format!("no thread to compile it on: {error}"))),
-        };
-        let first = first.map_err(|problem| wrong(&format!("{problem:#}")))?;
+        let (mut matcher, first) = compile(grammar.top_level(), vocabulary.clone()).map_err(|p| wrong(&p))?;
         let warnings = matcher.grammar_warnings();
         if !warnings.is_empty() {
             return Err(wrong(&warnings.join("; ")));
@@ -68,15 +58,39 @@ impl GrammarControl {
         if !first.iter().any(|id| (id as usize) < vocabulary.size()) {
             return Err(wrong("no token of the vocabulary may come first"));
         }
-        Ok(Self { matcher, vocabulary: vocabulary.clone() })
+        Ok(Self { matcher, vocabulary: vocabulary.clone(), jump_forward: true })
+    }
+
+    /// Whether searches are told of tokens that must follow, so that they may take several before they ask the model
+    /// again. They are, unless said: the outcome is the same.
+    #[must_use]
+    pub fn jump_forward(self, jump_forward: bool) -> Self {
+        Self { jump_forward, ..self }
     }
 }
 
-/// The stack of the thread that compiles, in bytes; what is not used is not allocated.
-const STACK: usize = 256 << 20;
+/// The compiled grammar with its first mask, or what is wrong with it; on a thread, since compilers recur, deeper than a
+/// thread's usual stack allows, and since what has no bound can be left.
+fn compile(grammar: TopLevelGrammar, vocabulary: Vocabulary) -> Result<(Matcher, SimpleVob), String> {
+    const STACK: usize = 256 << 20; // what is not used is not allocated
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let (done, compiled) = mpsc::channel();
+    let work = move || {
+        let mut matcher = Matcher::new(vocabulary.factory().create_parser(grammar));
+        let first = matcher.compute_mask_or_eos().map_err(|problem| format!("{problem:#}"));
+        // Nobody waits any more where it took too long.
+        let _ = done.send(first.map(|first| (matcher, first)));
+    };
+    let thread = std::thread::Builder::new().name("grammar".into()).stack_size(STACK).spawn(work);
+    thread.map_err(|error| format!("no thread to compile it on: {error}"))?;
+    compiled.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(format!("no end of compiling after {PATIENCE:?}")))
+}
 
 /// The problem, without what llguidance tells of its own state.
 fn trimmed(problem: &str) -> &str {
+    if problem.starts_with("NoExtension") {
+        return "no text that it allows";
+    }
     let end =
         ["\n<state>", "\n<non-verbose/>", "\n<backtrace>"].iter().filter_map(|mark| problem.find(mark)).min();
     problem[..end.unwrap_or(problem.len())].trim()
@@ -149,7 +163,7 @@ impl TokenControl for GrammarControl {
             row.mask(&self.vocabulary, &mut banned[..size])?;
         }
         let banned = Tensor::f_from_slice(&state.banned)?.f_view_as(&logits)?.f_to_device(logits.device())?;
-        let _ = logits.f_masked_fill_(&banned, f64::NEG_INFINITY)?;
+        ban_where(&mut logits, &banned)?;
         Ok(logits)
     }
 
@@ -163,6 +177,12 @@ impl TokenControl for GrammarControl {
     fn finish(&self, state: &GrammarState, row: usize) -> Result<f64> {
         let whole = state.rows.get(row).is_none_or(|row| row.ended || row.whole);
         Ok(if whole { 0.0 } else { f64::NEG_INFINITY })
+    }
+
+    fn forced(&self, state: &mut GrammarState, row: usize) -> Result<Option<i64>> {
+        let rows = state.rows.len();
+        let row = state.rows.get_mut(row).ok_or_else(|| Error::value("row", format!("0 .. {rows}"), row))?;
+        Ok(if self.jump_forward { row.forced(&self.vocabulary) } else { None })
     }
 }
 
@@ -182,6 +202,15 @@ impl Row {
             }
         }
         Ok(())
+    }
+
+    /// The only token that `mask` would leave.
+    fn forced(&mut self, vocabulary: &Vocabulary) -> Option<i64> {
+        if self.ended || self.matcher.is_stopped() {
+            return if let [end] = vocabulary.eos() { Some(*end) } else { None };
+        }
+        let spelled = self.matcher.compute_ff_tokens();
+        spelled.first().map(|&id| i64::from(id)).filter(|&id| id < vocabulary.size() as i64)
     }
 
     fn advance(&mut self, vocabulary: &Vocabulary, token: i64) -> Result<()> {

@@ -1,4 +1,4 @@
-//! Contrastive search: probable tokens that do not say again what was said.
+//! ContrastiveSearch search: probable tokens that do not say again what was said.
 
 use std::iter;
 
@@ -18,7 +18,7 @@ use crate::sample;
 /// ```
 ///
 /// h_v being the model's last hidden state when it reads v after the text x, and h_j those of all tokens of x, the
-/// prompt's included. α = 0 is greedy search. Su, Lan, Wang, Yogatama, Kong and Collier, "A Contrastive Framework for
+/// prompt's included. α = 0 is greedy search. Su, Lan, Wang, Yogatama, Kong and Collier, "A ContrastiveSearch Framework for
 /// Neural Text Generation" (NeurIPS 2022), equation 5; they take k from 3 to 10 and α around 0.6. It is what transformers
 /// did with `penalty_alpha` and `top_k` until 4.56, but for one thing: a token that the controls ban is no candidate, where
 /// that took it if fewer than k were left.
@@ -34,10 +34,10 @@ use crate::sample;
 /// ```no_run
 /// # fn main() -> controlgen_core::Result<()> {
 /// use controlgen_core::Placement;
-/// use controlgen_text::{TextModel, search::Contrastive};
+/// use controlgen_text::{TextModel, search::ContrastiveSearch};
 ///
 /// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
-/// let done = model.generate("The old library").search(Contrastive::new(0.6, 4)?).max_new_tokens(32).run()?;
+/// let done = model.generate("The old library").search(ContrastiveSearch::new(0.6, 4)?).max_new_tokens(32).run()?;
 /// // ". I'm going to take a walk through the archives, see what I can find. (pauses to examine a crate of
 /// // ancient artifacts) Ah,", where greedy search says
 /// // ", a place where the past is preserved, where the past is lived in.\n\nThe old library was a place where the
@@ -47,12 +47,12 @@ use crate::sample;
 /// # }
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Contrastive {
+pub struct ContrastiveSearch {
     penalty_alpha: f64,
     top_k: usize,
 }
 
-impl Contrastive {
+impl ContrastiveSearch {
     /// `penalty_alpha` in 0 ..= 1, and `top_k` of at least 1.
     ///
     /// # Errors
@@ -70,7 +70,7 @@ impl Contrastive {
 
 /// One completion a prompt. The errors beside those of greedy search: [`Error::Value`] for more; [`Error::Unsupported`] for a
 /// model whose last linear site is not the output product.
-impl Search for Contrastive {
+impl Search for ContrastiveSearch {
     fn run(&self, task: &Task<'_>, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
         let _guard = tch::no_grad_guard();
         task.validate()?;

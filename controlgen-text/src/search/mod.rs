@@ -3,11 +3,16 @@
 mod beam;
 mod beams;
 mod best_of;
+mod clause_beams;
 mod contrastive;
 mod diverse_beam;
 mod draft;
 mod energies;
+mod grid_beam;
 mod hidden;
+mod jump_forward;
+mod look_ahead;
+mod neurologic;
 mod resampling;
 mod sampling;
 mod smc;
@@ -24,8 +29,10 @@ use crate::controls::in_vocabulary;
 
 pub use beam::{BeamSearch, EarlyStopping};
 pub use best_of::BestOf;
-pub use contrastive::Contrastive;
+pub use contrastive::ContrastiveSearch;
 pub use diverse_beam::DiverseBeamSearch;
+pub use grid_beam::GridBeamSearch;
+pub use neurologic::NeuroLogic;
 pub use sampling::Choice;
 pub use smc::{Particles, Smc};
 pub use speculative::{Acceptance, Speculative};
@@ -166,7 +173,8 @@ impl Hypothesis {
 /// A token was chosen.
 #[derive(Clone, Copy, Debug)]
 pub struct Chosen<'h> {
-    /// The completion so far, this token included.
+    /// The completion so far, this token included. The log-probabilities of the last tokens are not there yet where the
+    /// controls forced them: the model has not been asked.
     pub so_far: &'h Hypothesis,
     /// The token.
     pub token: i64,
@@ -301,6 +309,23 @@ impl Live {
     /// How many tokens more the model has positions for.
     fn room(&self, task: &Task<'_>) -> Result<i64> {
         Ok(task.lm.spec().context - self.state.len() - self.pass(task).position_offset()?.most())
+    }
+
+    /// Reads several tokens of each row in one pass, step by step `[B]` each: the logits `[B, V]` that followed each
+    /// step but the last, whose are the row's.
+    fn extend_by(&mut self, task: &Task<'_>, steps: &[Vec<i64>]) -> Result<Vec<Tensor>> {
+        if let [tokens] = steps {
+            self.extend(task, tokens)?;
+            return Ok(Vec::new());
+        }
+        let device = task.lm.spec().placement.device;
+        let ids = Tensor::f_from_slice(&steps.concat())?.f_view([steps.len() as i64, -1])?; // (T, B)
+        let ids = ids.f_tr()?.f_contiguous()?.f_to_device(device)?;
+        let pass = Pass { lanes: self.lanes.as_ref(), ..task.pass };
+        let logits = task.lm.forward(LmInput::ids(&ids), &mut self.state, &pass)?.logits; // (B, T, V)
+        self.logits = next_logits(&logits)?;
+        let of = |step| Ok(logits.f_select(1, step)?.f_to_kind(Kind::Float)?.f_contiguous()?);
+        (0..steps.len() as i64 - 1).map(of).collect()
     }
 
     /// Reads the token chosen for each row.

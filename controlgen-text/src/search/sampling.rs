@@ -4,6 +4,7 @@ use controlgen_core::noise::Stream;
 use controlgen_core::progress::Flow;
 use controlgen_core::{Error, Result, TokenControl};
 
+use super::jump_forward::{Unread, note};
 use super::{After, Chosen, Finish, Hypothesis, Listener, Live, Search, Task};
 use crate::sample;
 
@@ -64,6 +65,7 @@ fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) -> Res
     }
     // Which hypothesis each row of the batch is.
     let mut rows: Vec<usize> = (0..hypotheses.len()).collect();
+    let mut unread = Unread::default();
 
     for step in 0..task.max_new_tokens {
         // An error names the completion, not the row that it has in what is left of the batch.
@@ -71,24 +73,35 @@ fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) -> Res
             Error::AllBanned { row, step } => Error::AllBanned { row: rows[row], step },
             other => other,
         };
-        let controlled = if task.controls.is_empty() {
-            None
-        } else {
-            Some(task.controls.score(&mut live.controls, live.logits.f_detach_copy()?)?)
-        };
-        let scores = controlled.as_ref().unwrap_or(&live.logits);
-        let tokens = match choice {
-            Choice::Greedy => sample::greedy(scores),
-            Choice::Sample { .. } => {
-                let draw = |&row: &usize| streams[row].as_mut().map_or(0.0, Stream::uniform);
-                sample::categorical(scores, &rows.iter().map(draw).collect::<Vec<_>>())
+        let forced = unread.forced(task, &mut live, &rows, &mut hypotheses)?;
+        // A forced token uses up its number too, so that those after it draw the same.
+        let uniforms: Vec<f64> =
+            rows.iter().map(|&row| streams[row].as_mut().map_or(0.0, Stream::uniform)).collect();
+        let (tokens, scored) = match forced {
+            Some(tokens) => {
+                let certain = vec![0.0; tokens.len()];
+                (tokens, certain)
             }
-        }
-        .map_err(located)?;
-        let logprobs = sample::log_prob_of(&live.logits, &tokens)?;
-        let scored = match &controlled {
-            Some(scores) => sample::log_prob_of(scores, &tokens)?,
-            None => logprobs.clone(),
+            None => {
+                let controlled = if task.controls.is_empty() {
+                    None
+                } else {
+                    Some(task.controls.score(&mut live.controls, live.logits.f_detach_copy()?)?)
+                };
+                let scores = controlled.as_ref().unwrap_or(&live.logits);
+                let tokens = match choice {
+                    Choice::Greedy => sample::greedy(scores),
+                    Choice::Sample { .. } => sample::categorical(scores, &uniforms),
+                }
+                .map_err(located)?;
+                let scored = sample::log_prob_of(scores, &tokens)?;
+                (tokens, scored)
+            }
+        };
+        let logprobs = match unread.len() {
+            0 if task.controls.is_empty() => scored.clone(),
+            0 => sample::log_prob_of(&live.logits, &tokens)?,
+            _ => Vec::new(),
         };
 
         task.controls.advance(&mut live.controls, &tokens)?;
@@ -100,7 +113,7 @@ fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) -> Res
                 hypothesis.finish = Finish::Eos(token);
             } else {
                 hypothesis.ids.push(token);
-                hypothesis.logprobs.push(logprobs[i]);
+                hypothesis.logprobs.extend(logprobs.get(i));
                 match listener.token(Chosen { so_far: hypothesis, token, row })? {
                     After::Finish => hypothesis.finish = Finish::Stopped,
                     After::Continue => {
@@ -112,13 +125,17 @@ fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) -> Res
             hypothesis.score += task.controls.finish(&live.controls, i)?;
         }
         let cancelled = listener.step(tokens.len() as u64) == Flow::Stop;
-        let full = live.room(task)? < 1;
+        let full = live.room(task)? <= unread.len() as i64;
         let reason = match (step + 1 == task.max_new_tokens, full, cancelled) {
             (true, _, _) => Some(Finish::Length),
             (_, true, _) => Some(Finish::Context),
             (_, _, true) => Some(Finish::Cancelled),
             _ => None,
         };
+        if unread.len() > 0 && (reason.is_some() || going.len() < rows.len()) {
+            unread.read(task, &mut live, &rows, &mut hypotheses)?;
+            note(&live.logits, &tokens, &rows, &mut hypotheses)?;
+        }
         if let Some(reason) = reason {
             for &i in &going {
                 hypotheses[rows[i]].finish = reason.clone();
@@ -133,8 +150,7 @@ fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) -> Res
             live.reorder(&going.iter().map(|&i| i as i64).collect::<Vec<_>>())?;
             rows = going.iter().map(|&i| rows[i]).collect();
         }
-        let next: Vec<i64> = going.iter().map(|&i| tokens[i]).collect();
-        live.extend(task, &next)?;
+        unread.push(going.iter().map(|&i| tokens[i]).collect());
     }
     Ok(hypotheses)
 }

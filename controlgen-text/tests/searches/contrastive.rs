@@ -1,4 +1,4 @@
-//! Contrastive search against plain Python on transformers' models, and against hidden states that are known.
+//! ContrastiveSearch search against plain Python on transformers' models, and against hidden states that are known.
 
 use controlgen_core::testing::{TableLm, TableLmConfig};
 use controlgen_core::{
@@ -7,14 +7,14 @@ use controlgen_core::{
 };
 use controlgen_text::controls::{NoRepeatNgram, RepetitionPenalty, Suppress};
 use controlgen_text::models;
-use controlgen_text::search::{Choice, Contrastive, Finish, Hypothesis, Search, Task};
+use controlgen_text::search::{Choice, ContrastiveSearch, Finish, Hypothesis, Search, Task};
 use tch::Tensor;
 
 use crate::listeners::Told;
 use crate::{EOS, folder, said, table, task};
 
-fn search(penalty_alpha: f64, top_k: usize) -> Contrastive {
-    Contrastive::new(penalty_alpha, top_k).unwrap()
+fn search(penalty_alpha: f64, top_k: usize) -> ContrastiveSearch {
+    ContrastiveSearch::new(penalty_alpha, top_k).unwrap()
 }
 
 /// `benches/reference/contrastive_fixtures.py` makes them.
@@ -180,7 +180,7 @@ fn listeners_end_and_cancel() {
 #[test]
 fn what_cannot_be_run_is_refused() {
     for (alpha, k) in [(-0.1, 4), (1.1, 4), (f64::NAN, 4), (0.5, 0)] {
-        assert!(matches!(Contrastive::new(alpha, k), Err(Error::Value { .. })));
+        assert!(matches!(ContrastiveSearch::new(alpha, k), Err(Error::Value { .. })));
     }
     let (lm, none, prompts) = (table(6, 1), TokenControls::new(), [vec![0], vec![0, 2]]);
     let run = |lm: &dyn LanguageModel, controls: &TokenControls, k, n| {

@@ -6,7 +6,7 @@ use super::{
     Breach, Check, Clause, Options, Violation, breach, check, close, demand, noise, on_thread, sized,
 };
 use crate::noise::Stream;
-use crate::{Result, Rows, TokenControl};
+use crate::{Bans, Result, Rows, TokenControl};
 
 /// The control, and the texts that it follows.
 pub struct Case<'a, C> {
@@ -34,6 +34,7 @@ pub fn clauses<'a, C: TokenControl>() -> Vec<Clause<Case<'a, C>>> {
         ("fork", fork),
         ("clone", clone),
         ("finish", finish),
+        ("forced", forced),
     ]
 }
 
@@ -318,4 +319,41 @@ fn finish<C: TokenControl>(c: &Case<'_, C>) -> Check {
     } else {
         breach(format!("the log-weight {expected} of the row that was moved"), found)
     }
+}
+
+/// What it forces is what it leaves, and it bans no more than it says.
+fn forced<C: TokenControl>(c: &Case<'_, C>) -> Check {
+    let all = [0usize, 1, 2];
+    let may = c.control.bans();
+    for step in 0..=c.steps() {
+        let mut state = c.after(&all, step)?;
+        let before = (0..3).map(|row| c.control.forced(&mut state, row)).collect::<Result<Vec<_>>>()?;
+        let left = c.scores(&mut state, &all, step)?.f_gt(f64::NEG_INFINITY)?;
+        for (row, &forced) in before.iter().enumerate() {
+            let left: Vec<i64> = Vec::try_from(left.f_get(row as i64)?.f_nonzero()?.f_view(-1)?)?;
+            if let Some(token) = forced {
+                let found = format!("{left:?}");
+                demand(
+                    left == [token],
+                    format!("token {token} alone, as forced after {step} tokens"),
+                    found,
+                )?;
+            }
+            let banned = c.vocab - left.len() as i64;
+            demand(may != Bans::Nothing || banned == 0, "no bans, as declared", format!("{banned}"))?;
+        }
+        let again = (0..3).map(|row| c.control.forced(&mut state, row)).collect::<Result<Vec<_>>>()?;
+        demand(again == before, format!("{before:?}, as forced before scoring"), format!("{again:?}"))?;
+        if may != Bans::Any {
+            for token in 0..c.vocab {
+                let logits = Tensor::f_full([3, c.vocab], f64::NEG_INFINITY, (Kind::Float, Device::Cpu))?;
+                let _ = logits.f_select(1, token)?.f_fill_(-1.0)?;
+                let kept =
+                    c.control.score(&mut state, logits)?.f_select(1, token)?.f_gt(f64::NEG_INFINITY)?;
+                let kept = kept.f_all()?.f_int64_value(&[])? != 0;
+                demand(kept, "the last token left to be kept, as declared", format!("token {token} banned"))?;
+            }
+        }
+    }
+    Ok(())
 }
