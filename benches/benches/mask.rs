@@ -22,7 +22,12 @@ fn tokenizer() -> Result<(&'static str, Tokenizer)> {
 }
 
 /// Advances by a text, as far as it goes where its spelling is forced.
-fn follow(control: &GrammarControl, state: &mut GrammarState, tokenizer: &Tokenizer, said: &str) -> Result<()> {
+fn follow(
+    control: &GrammarControl,
+    state: &mut GrammarState,
+    tokenizer: &Tokenizer,
+    said: &str,
+) -> Result<()> {
     let mut left = said;
     while !left.is_empty() {
         let forced = control.forced(state, 0)?;
