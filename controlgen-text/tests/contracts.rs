@@ -3,11 +3,15 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::{MODELS, folder};
 use controlgen_core::testing::contract;
 use controlgen_core::{Placement, TokenControl, TokenControls};
+use controlgen_text::controls::features::{Alliteration, Repetition, WordLength, WordList};
 use controlgen_text::controls::*;
 use controlgen_text::models;
+use controlgen_text::words::TokenTrie;
 
 #[test]
 fn language_models() {
@@ -61,6 +65,18 @@ fn token_controls() {
             control(&format!("{regulariser:?}"), &Regularised::new(regulariser, weight).unwrap());
         }
     }
+    control("watermark", &Watermark::new(3, 0.4, 2.0).unwrap());
+    control("watermark", &Watermark::new(3, 0.4, 2.0).unwrap().context(3).unwrap());
+    let trie = TokenTrie::from_bytes([" a", "b", "ab", ".", " ab", "c", " c", "b a", "", "1", " B"]).unwrap();
+    let worth = Features::new(&trie)
+        .with(1.5, WordList::new(["ab", "abc"]).unwrap())
+        .and_then(|worth| worth.with(-2.0, Repetition::new()))
+        .and_then(|worth| worth.with(0.5, Alliteration))
+        .and_then(|worth| worth.with(0.1, WordLength))
+        .and_then(|worth| {
+            worth.with(0.3, |word: &str, before: &[Arc<str>]| (word.len() * before.len()) as f64)
+        });
+    control("features", &worth.unwrap());
     let stack = TokenControls::new()
         .with(RepetitionPenalty::new(1.3).unwrap())
         .with(NoRepeatNgram::new(2).unwrap())

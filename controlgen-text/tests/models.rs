@@ -7,7 +7,7 @@ mod common;
 
 use common::{MODELS, folder, start};
 use controlgen_core::checkpoint::{Safetensors, TensorSource};
-use controlgen_core::{LanguageModel, LmInput, Pass, Placement, Rows, State};
+use controlgen_core::{Error, LanguageModel, LmInput, Pass, Placement, Rows, State};
 use controlgen_text::models;
 use tch::{Device, Kind, Tensor};
 
@@ -224,4 +224,50 @@ fn gradients_flow_to_embeddings_through_the_cache() {
         let later = gradient[0].narrow(1, 3, 3).abs().max().double_value(&[]);
         assert_eq!(later, 0.0, "{name}: a later position reached an earlier one's logits");
     }
+}
+
+/// The first layers are the model that a configuration of so many layers makes of the same checkpoint; with sites of
+/// their own, over the same weights.
+#[test]
+fn first_layers_are_a_smaller_model() {
+    tch::set_num_threads(1);
+    let ids = Tensor::from_slice(&[5i64, 17, 40, 8, 33, 2]).view([2, 3]);
+    for (name, field) in [
+        ("gpt2_gelu_new", "n_layer"),
+        ("gpt2_relu_untied", "n_layer"),
+        ("llama_gqa_tied", "num_hidden_layers"),
+    ] {
+        let whole = models::open(&folder(name), Placement::CPU).unwrap();
+        let text = std::fs::read_to_string(folder(name).join("config.json")).unwrap();
+        let mut fields: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text).unwrap();
+        let layers = fields[field].as_u64().unwrap() as usize;
+        fields.insert(field.into(), 1.into());
+        let config = models::Config::from_fields("config.json", fields);
+        let source = controlgen_core::checkpoint::Safetensors::open(&folder(name)).unwrap();
+        let weights = controlgen_core::checkpoint::Weights::new(&source, Placement::CPU.options());
+        let expected: Box<dyn LanguageModel> = if name.starts_with("gpt2") {
+            Box::new(models::Gpt2::load(&config, &weights, Placement::CPU).unwrap())
+        } else {
+            Box::new(models::Llama::load(&config, &weights, Placement::CPU).unwrap())
+        };
+        let cut = models::first_layers(&*whole, 1).unwrap();
+        let logits = |lm: &dyn LanguageModel| {
+            let mut state = start(lm, 2);
+            lm.forward(LmInput::ids(&ids), &mut state, &Pass::default()).unwrap().logits
+        };
+        assert!(logits(&*cut).equal(&logits(&*expected)), "{name}");
+        assert!(!logits(&*cut).equal(&logits(&*whole)), "{name}");
+        let names = |lm: &dyn LanguageModel| -> Vec<String> {
+            lm.sites().iter().map(|(_, site)| format!("{:?} {}", site.kind(), site.name)).collect()
+        };
+        assert_eq!(names(&*cut), names(&*expected), "{name}");
+        assert_eq!(cut.embeddings().data_ptr(), whole.embeddings().data_ptr(), "{name}");
+        controlgen_core::testing::contract::language_model(&*cut).unwrap_or_else(|v| panic!("{name}: {v}"));
+        assert!(logits(&*models::first_layers(&whole, layers).unwrap()).equal(&logits(&*whole)), "{name}");
+        for bad in [0, layers + 1] {
+            assert!(matches!(models::first_layers(&*whole, bad), Err(Error::Value { .. })), "{name}");
+        }
+    }
+    let table = controlgen_core::testing::TableLm::random(4, 0).unwrap();
+    assert!(matches!(models::first_layers(&table, 1), Err(Error::Unsupported { .. })));
 }

@@ -4,9 +4,7 @@
 use controlgen_core::testing::{TableLm, TableLmConfig};
 use controlgen_core::{Error, Pass, TokenControl, TokenControls};
 use controlgen_text::controls::{Regularised, Regulariser, Suppress};
-use controlgen_text::search::{
-    BeamSearch, Choice, EarlyStopping, Finish, Hypothesis, Task, beam_search, sampling,
-};
+use controlgen_text::search::{BeamSearch, Choice, EarlyStopping, Finish, Hypothesis, Search, Task};
 use tch::{Kind, Tensor};
 
 const EOS: i64 = 1;
@@ -83,9 +81,9 @@ fn full_width_beams_find_the_optimum() {
                 let expected = every(&lm, length, (regulariser, weight));
                 let controls = TokenControls::new().with(Regularised::new(regulariser, weight).unwrap());
                 let search = BeamSearch::new(width).unwrap().length_penalty(0.0).unwrap();
-                let search = search.early_stopping(EarlyStopping::Never);
+                let search = search.early_stopping(EarlyStopping::Exhausted);
                 let wanted = Task { n: width, ..task(&lm, &prompts, &controls, length) };
-                let found = beam_search(&wanted, &search, &mut ()).unwrap();
+                let found = search.run(&wanted, &mut ()).unwrap();
                 let name = format!("{regulariser:?}, weight {weight}, vocabulary {vocab}, seed {seed}");
                 assert_eq!(found.len(), expected.len().min(width), "{name}");
                 for (rank, (found, (ids, score))) in found.iter().zip(&expected).enumerate() {
@@ -107,10 +105,10 @@ fn a_great_greedy_weight_is_greedy_search() {
     let (prompts, none) = ([PROMPT.to_vec()], TokenControls::new());
     for seed in 0..8 {
         let lm = TableLm::new(&TableLmConfig { vocab: 6, seed, ..TableLmConfig::default() }).unwrap();
-        let greedy = sampling(&task(&lm, &prompts, &none, 6), Choice::Greedy, &mut ()).unwrap();
+        let greedy = Choice::Greedy.run(&task(&lm, &prompts, &none, 6), &mut ()).unwrap();
         let controls = TokenControls::new().with(Regularised::new(Regulariser::Greedy, 1e5).unwrap());
         let search = BeamSearch::new(20).unwrap().length_penalty(0.0).unwrap();
-        let found = beam_search(&task(&lm, &prompts, &controls, 6), &search, &mut ()).unwrap();
+        let found = search.run(&task(&lm, &prompts, &controls, 6), &mut ()).unwrap();
         assert_eq!(said(&found[0]), said(&greedy[0]), "seed {seed}");
     }
 }

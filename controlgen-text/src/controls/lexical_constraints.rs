@@ -1,6 +1,6 @@
 //! Lexical constraints as a mask, and as a potential.
 
-use controlgen_core::{Error, Result, Rows, TokenControl};
+use controlgen_core::{Result, Rows, TokenControl};
 use tch::Tensor;
 
 use super::check;
@@ -47,7 +47,7 @@ impl LexicalConstraints {
     /// The clauses of all prompts, or of each ([`ClausesOf`]); `eos` are the tokens that end a text.
     ///
     /// # Errors
-    /// [`Error::Value`] for no `eos` and for negative ones. `start` returns it where there are clauses for another
+    /// [`Error::Value`](controlgen_core::Error::Value) for no `eos` and for negative ones. `start` returns it where there are clauses for another
     /// number of prompts, `score` where the vocabulary lacks a token.
     pub fn new(clauses: impl Into<ClausesOf>, eos: impl IntoIterator<Item = i64>) -> Result<Self> {
         let eos = TokenSet::new("end-of-text tokens", eos)?;
@@ -70,7 +70,7 @@ impl LexicalConstraints {
     /// The reward λ for a clause, in nats; 0 unless said.
     ///
     /// # Errors
-    /// [`Error::Value`] for a negative one, and one that is no finite number.
+    /// [`Error::Value`](controlgen_core::Error::Value) for a negative one, and one that is no finite number.
     pub fn reward(self, reward: f64) -> Result<Self> {
         let holds = reward.is_finite() && reward >= 0.0;
         Ok(Self {
@@ -108,8 +108,7 @@ impl TokenControl for LexicalConstraints {
         self.clauses.check(prompts.len())?;
         let start = |(i, prompt): (usize, &Vec<i64>)| {
             check::tokens(&format!("prompt {i}"), prompt)?;
-            let clauses =
-                self.clauses.prompt(i).ok_or_else(|| Error::value("prompts", "as many as clauses", i))?;
+            let clauses = self.clauses.get(i)?;
             let progress = clauses.start(prompt);
             let fits = |length: usize| {
                 let room = |gap: &usize| clauses.need(&progress, *gap).is_some_and(|need| need <= length);
@@ -194,6 +193,12 @@ impl LexicalConstraints {
             let _ = scores.shallow_clone().f_index_add_(0, index, &step)?;
         }
         let (mut tokens, mut values) = (Vec::new(), Vec::new());
+        if goes_on != 0.0 {
+            // Without text nothing changes. A model may have more tokens than its tokenizer.
+            let vocab = scores.numel() as i64;
+            tokens.extend(trie.silent().iter().copied().chain(trie.vocab_size()..vocab));
+            values.resize(tokens.len(), (-self.reward * goes_on) as f32);
+        }
         for step in clauses.moves(progress).iter() {
             let added = if trie.begins_outside(step.token) { ends } else { goes_on };
             let value = clauses.worth(&clauses.after(progress, step)) - now - added;
@@ -217,17 +222,21 @@ impl Row {
         }
         let fits = |progress: &Progress| clauses.need(progress, *gap).is_some_and(|need| need <= after);
         let others = Edges::ALL.map(|edges| fits(&clauses.after_other(progress, edges)));
+        let silent = fits(progress);
         let moves = clauses.moves(progress);
         let (allowed, banned): (Vec<_>, Vec<_>) =
             moves.iter().partition(|step| fits(&clauses.after(progress, step)));
         let ids = |moves: &[&crate::words::Move]| moves.iter().map(|step| step.token).collect::<Vec<_>>();
-        if others == [true; 4] {
+        if others == [true; 4] && silent {
             return scores::ban_cells(scores, &ids(&banned));
         }
         let mut kept = ids(&allowed);
         let trie = clauses.words().trie();
         for (kind, _) in others.iter().enumerate().filter(|(_, fits)| **fits) {
             kept.extend(trie.of_kind(kind).iter().filter(|&&token| moves.get(token).is_none()));
+        }
+        if silent {
+            kept.extend(trie.silent().iter().copied().chain(trie.vocab_size()..scores.numel() as i64));
         }
         if kept.is_empty() {
             return Ok(());

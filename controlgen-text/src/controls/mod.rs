@@ -30,6 +30,8 @@
 //! | [`LogitBias`] | adds to the scores of tokens, and of sequences' last tokens | potential |
 //! | [`Regularised`] | lowers tokens that spread the surprisal unevenly | potential |
 //! | [`MinLength`] | bans the end of the text until it is long enough | potential |
+//! | [`Features`] | adds what words are worth: word lists, lexicons, repetition, alliteration, length, syllables | potential |
+//! | [`Watermark`] | raises tokens that a key and the tokens before pick | potential |
 //! | [`ForcedPrefix`] | bans all but the given first tokens | potential |
 //! | [`LexicalConstraints`] | bans what loses clauses over words and phrases, and leads to them | potential |
 //!
@@ -73,6 +75,7 @@ mod check;
 mod entropy;
 mod epsilon_cutoff;
 mod eta_cutoff;
+pub mod features;
 mod forced_prefix;
 mod frequency_presence;
 mod lexical_constraints;
@@ -90,10 +93,12 @@ mod temperature;
 mod top_k;
 mod top_p;
 mod typical;
+mod watermark;
 
 pub use banned_words::BannedWords;
 pub use epsilon_cutoff::EpsilonCutoff;
 pub use eta_cutoff::EtaCutoff;
+pub use features::Features;
 pub use forced_prefix::ForcedPrefix;
 pub use frequency_presence::FrequencyPresence;
 pub use lexical_constraints::LexicalConstraints;
@@ -108,5 +113,6 @@ pub use temperature::Temperature;
 pub use top_k::TopK;
 pub use top_p::TopP;
 pub use typical::Typical;
+pub use watermark::{Detection, Watermark, WatermarkDetector};
 
 pub(crate) use scores::{ban_where, dims, in_vocabulary, to_vec};

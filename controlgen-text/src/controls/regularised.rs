@@ -33,9 +33,9 @@ pub enum Regulariser {
 /// normalised: put it before others if it is to be the model's own.
 ///
 /// The variance, and "local", may *fall* as a text goes on, so a score may be positive and the best may come late: with
-/// these a search by beams must not stop early, nor by
-/// [`EarlyStopping::Never`](crate::search::EarlyStopping::Never), whose bound counts on scores that are not positive.
-/// The objective is a sum: search it with a length penalty of 0.
+/// these a search by beams goes on to the end
+/// ([`EarlyStopping::Exhausted`](crate::search::EarlyStopping::Exhausted)). The objective is a sum: a length penalty
+/// of 0.
 ///
 /// *Cost*: a log-sum-exp and about five passes over `[B, V]`, and one buffer of that size kept until the next step.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -22,9 +22,11 @@ impl Concept {
         let forms = forms
             .into_iter()
             .map(|form| match words(form.as_ref()) {
-                words if words.is_empty() => {
-                    Err(Error::value("form of a concept", "at least one word", format!("{:?}", form.as_ref())))
-                }
+                words if words.is_empty() => Err(Error::value(
+                    "form of a concept",
+                    "at least one word",
+                    format!("{:?}", form.as_ref()),
+                )),
                 words => Ok(words),
             })
             .collect::<Result<Vec<_>>>()?;

@@ -52,7 +52,8 @@ pub fn self_bleu(texts: &[impl AsRef<str>], most: usize) -> Result<f64> {
     let bleu = |i: usize| -> f64 {
         let mut log_precision = 0.0;
         for (n, (counts, best)) in counts.iter().zip(&best).enumerate() {
-            let matched: usize = counts[i].iter().map(|(gram, &count)| count.min(elsewhere(best, gram, i))).sum();
+            let matched: usize =
+                counts[i].iter().map(|(gram, &count)| count.min(elsewhere(best, gram, i))).sum();
             if n == 0 && matched == 0 {
                 return 0.0;
             }

@@ -31,9 +31,12 @@ pub use fluency::{Judge, Likelihood, mean_perplexity, perplexity};
 
 use controlgen_core::{Error, Result};
 
-/// The words of a text: runs of letters and digits, in lower case. `don't` is two.
+use crate::words::is_word;
+
+/// The words of a text: runs of word characters (Unicode's `\w`: letters, marks, digits, `_`), in lower case. `don't` is
+/// two.
 pub fn words(text: &str) -> Vec<String> {
-    let runs = text.split(|c: char| !c.is_alphanumeric()).filter(|run| !run.is_empty());
+    let runs = text.split(|c: char| !is_word(c)).filter(|run| !run.is_empty());
     runs.map(str::to_lowercase).collect()
 }
 

@@ -18,9 +18,10 @@ use crate::grammar::{Grammar, Vocabulary};
 use crate::models;
 use crate::search::{self, Choice, Finish, Search, Task};
 use crate::tokenizer::{Special, StopStrings, Tokenizer};
+use crate::words::TokenTrie;
 use texts::{ForkingTexts, Texts, Watch};
 
-pub use config::{GenerationConfig, OneOrMany};
+pub use config::{GenerationConfig, Method, OneOrMany, WatermarkConfig, WordFeature};
 
 /// A language model with its tokenizer.
 pub struct TextModel {
@@ -29,6 +30,8 @@ pub struct TextModel {
     eos: Vec<i64>,
     /// For grammars; handles share it.
     vocabulary: Arc<OnceLock<Vocabulary>>,
+    /// For words; handles share it.
+    trie: Arc<OnceLock<TokenTrie>>,
 }
 
 impl TextModel {
@@ -60,7 +63,7 @@ impl TextModel {
         eos.extend(tokenizer.eos());
         eos.sort_unstable();
         eos.dedup();
-        Ok(Self { lm, tokenizer, eos, vocabulary: Arc::default() })
+        Ok(Self { lm, tokenizer, eos, vocabulary: Arc::default(), trie: Arc::default() })
     }
 
     /// The language model.
@@ -78,6 +81,18 @@ impl TextModel {
         &self.eos
     }
 
+    /// The bytes of the tokenizer's tokens, which words and clauses are compiled for; made at the first call and kept.
+    ///
+    /// # Errors
+    /// Those of [`TokenTrie::new`].
+    pub fn token_trie(&self) -> Result<TokenTrie> {
+        if let Some(made) = self.trie.get() {
+            return Ok(made.clone());
+        }
+        let made = TokenTrie::new(&self.tokenizer)?;
+        Ok(self.trie.get_or_init(|| made).clone())
+    }
+
     /// Another handle over the same weights, for another thread.
     #[must_use]
     pub fn handle(&self) -> Self {
@@ -86,7 +101,16 @@ impl TextModel {
             tokenizer: self.tokenizer.handle(),
             eos: self.eos.clone(),
             vocabulary: Arc::clone(&self.vocabulary),
+            trie: Arc::clone(&self.trie),
         }
+    }
+
+    /// The model's first `layers` blocks as a model of their own, over the same weights: [`models::first_layers`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn first_layers(&self, layers: usize) -> Result<Box<dyn LanguageModel>> {
+        models::first_layers(&*self.lm, layers)
     }
 
     /// The chat template that came with the tokenizer.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::words::{Place, Words};
+use crate::words::{Move, Place, Words};
 
 /// The fewest tokens that say each word, from wherever a text stands.
 #[derive(Debug)]
@@ -11,7 +11,12 @@ pub(super) struct Reach {
     costs: Vec<Option<[usize; 2]>>,
     /// From where a word is begun, without leaving it.
     rests: HashMap<(Place, u32), usize>,
+    /// From there, the tokens that are the first of the fewest.
+    leads: HashMap<(Place, u32), Vec<i64>>,
 }
+
+/// As many of them are kept for each word: the shortest.
+const LEADS: usize = 32;
 
 impl Reach {
     pub(super) fn new(words: &Words) -> Self {
@@ -26,8 +31,20 @@ impl Reach {
                 Some([outside?, inside?])
             })
             .collect();
-        let rests = search.rests.into_iter().filter_map(|(at, rest)| Some((at, rest?))).collect();
-        Self { costs, rests }
+        let rests: HashMap<(Place, u32), usize> =
+            search.rests.into_iter().filter_map(|(at, rest)| Some((at, rest?))).collect();
+        let leads = |(&(at, word), &rest): (&(Place, u32), &usize)| {
+            let leads = |step: &&Move| {
+                let said = step.words.contains(&word) || words.ended(step.end).contains(&word);
+                if rest == 1 { said } else { rests.get(&(step.end, word)) == Some(&(rest - 1)) }
+            };
+            let mut tokens: Vec<i64> = words.moves(at).iter().filter(leads).map(|step| step.token).collect();
+            tokens.sort_by_key(|&token| words.trie().bytes(token).len());
+            tokens.truncate(LEADS);
+            ((at, word), tokens)
+        };
+        let leads = rests.iter().map(leads).collect();
+        Self { costs, rests, leads }
     }
 
     /// The tokens that are enough to say a word wherever a text stands; `None` if none can.
@@ -44,6 +61,21 @@ impl Reach {
             at => costs[usize::from(at.is_inside())],
         };
         Some(self.rests.get(&(at, word)).map_or(anew, |&rest| rest.min(anew)))
+    }
+}
+
+impl Reach {
+    /// Whether a word is fewer tokens away than from where nothing is begun.
+    pub(super) fn is_nearer(&self, at: Place, word: u32) -> bool {
+        let cost = self.costs.get(word as usize).copied().flatten().map(|costs| costs[0].min(costs[1]));
+        matches!((self.rests.get(&(at, word)), cost), (Some(&rest), Some(cost)) if rest < cost)
+    }
+
+    /// The first tokens of the shortest ways to a word from this place: to go on with it, and to begin anew.
+    pub(super) fn leads(&self, at: Place, word: u32) -> impl Iterator<Item = i64> {
+        let of = move |at: Place| self.leads.get(&(at, word)).into_iter().flatten().copied();
+        let anew = Place::plain(at.is_inside());
+        of(at).chain(of(anew).filter(move |_| anew != at))
     }
 }
 

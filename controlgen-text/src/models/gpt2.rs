@@ -12,7 +12,7 @@ use tch::Tensor;
 
 use super::config::{Config, limits};
 use super::kv_cache::KvCache;
-use super::{decoder_only, map_output, special_tokens};
+use super::{check_layers, decoder_only, first_sites, map_output, special_tokens};
 
 /// The values of `model_type` that this file serves.
 pub const MODEL_TYPES: [&str; 1] = ["gpt2"];
@@ -190,6 +190,25 @@ impl Gpt2 {
     /// Its dimensions.
     pub fn config(&self) -> &Gpt2Config {
         &self.config
+    }
+
+    /// Its first `layers` blocks over the same weights, as [`first_layers`](super::first_layers) has them.
+    ///
+    /// # Errors
+    /// [`controlgen_core::Error::Value`] for no layers or more than there are.
+    pub fn first_layers(&self, layers: usize) -> Result<Self> {
+        check_layers(layers, self.h.len())?;
+        let (sites, ln_f_site, head) = first_sites(&self.sites, "transformer.h", layers)?;
+        let n_layer = i64::try_from(layers).unwrap_or(i64::MAX);
+        let weight = self.lm_head.weight().shallow_clone();
+        Ok(Self {
+            config: Arc::new(Gpt2Config { n_layer, ..(*self.config).clone() }),
+            sites: Arc::new(sites),
+            h: self.h.iter().take(layers).map(Block::share).collect(),
+            ln_f_site,
+            lm_head: Linear::new(weight, None, &[(head, self.spec.vocab)])?,
+            ..self.share()
+        })
     }
 
     /// The factor on a layer's scores.

@@ -12,7 +12,7 @@ use tch::Tensor;
 
 use super::config::{Config, limits};
 use super::kv_cache::KvCache;
-use super::{decoder_only, map_output, special_tokens};
+use super::{check_layers, decoder_only, first_sites, map_output, special_tokens};
 
 /// The values of `model_type` that this file serves.
 pub const MODEL_TYPES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
@@ -295,6 +295,25 @@ impl Llama {
     /// Its dimensions.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
+    }
+
+    /// Its first `layers` blocks over the same weights, as [`first_layers`](super::first_layers) has them.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for no layers or more than there are.
+    pub fn first_layers(&self, layers: usize) -> Result<Self> {
+        check_layers(layers, self.layers.len())?;
+        let (sites, norm_site, head) = first_sites(&self.sites, "model.layers", layers)?;
+        let num_hidden_layers = i64::try_from(layers).unwrap_or(i64::MAX);
+        let weight = self.lm_head.weight().shallow_clone();
+        Ok(Self {
+            config: Arc::new(LlamaConfig { num_hidden_layers, ..(*self.config).clone() }),
+            sites: Arc::new(sites),
+            layers: self.layers.iter().take(layers).map(Block::share).collect(),
+            norm_site,
+            lm_head: Linear::new(weight, None, &[(head, self.spec.vocab)])?,
+            ..self.share()
+        })
     }
 
     /// Another handle over the same storage.

@@ -5,11 +5,12 @@ mod gpt2;
 mod kv_cache;
 mod llama;
 
+use std::any::Any;
 use std::path::Path;
 
 use controlgen_core::checkpoint::{Safetensors, TensorSource, Weights, prefixes};
 use controlgen_core::layers::{Embedding, Linear};
-use controlgen_core::{Error, LanguageModel, Placement, Result, Source, WeightMap};
+use controlgen_core::{Error, LanguageModel, Placement, Result, SiteId, SiteMap, Source, WeightMap};
 
 pub use config::Config;
 pub use gpt2::{Gpt2, Gpt2Config};
@@ -60,6 +61,54 @@ pub fn load(
         }
     };
     Ok(model)
+}
+
+/// The model's first `layers` blocks, with its norm and its output right after them: a small model of the same vocabulary
+/// over the same weights, as a draft for [`Speculative`](crate::search::Speculative). It has sites of its own.
+///
+/// How much it says like the whole depends on the model: none is trained to be cut off, unless it says so (LayerSkip, Elhoushi
+/// et al. 2024).
+///
+/// # Errors
+/// [`Error::Value`] for no layers or more than there are; [`Error::Unsupported`] for a model that is none of this module.
+pub fn first_layers(lm: &dyn LanguageModel, layers: usize) -> Result<Box<dyn LanguageModel>> {
+    let any: &dyn Any = lm;
+    if let Some(boxed) = any.downcast_ref::<Box<dyn LanguageModel>>() {
+        first_layers(&**boxed, layers)
+    } else if let Some(llama) = any.downcast_ref::<Llama>() {
+        Ok(Box::new(llama.first_layers(layers)?))
+    } else if let Some(gpt2) = any.downcast_ref::<Gpt2>() {
+        Ok(Box::new(gpt2.first_layers(layers)?))
+    } else {
+        let what = format!("the first layers of model_type `{}`", lm.spec().architecture);
+        Err(Error::unsupported(what, "the models of controlgen-text"))
+    }
+}
+
+/// The sites without those of the blocks from `layers` on, whose names are `blocks`, a dot and a number; then the site of
+/// the norm that follows, and of the output product.
+fn first_sites(sites: &SiteMap, blocks: &str, layers: usize) -> Result<(SiteMap, SiteId, SiteId)> {
+    let block = |name: &str| -> Option<usize> {
+        name.strip_prefix(blocks)?.strip_prefix('.')?.split('.').next()?.parse().ok()
+    };
+    let mut kept = SiteMap::new();
+    let ids: Vec<SiteId> = sites
+        .iter()
+        .filter(|(_, site)| block(&site.name).is_none_or(|block| block < layers))
+        .map(|(_, site)| kept.add_site(site.clone()))
+        .collect();
+    match ids[..] {
+        [.., norm, head] => Ok((kept, norm, head)),
+        _ => Err(Error::value("sites", "a norm and an output product after the blocks", ids.len())),
+    }
+}
+
+/// As many blocks as a model has, or fewer.
+fn check_layers(layers: usize, all: usize) -> Result<()> {
+    if (1..=all).contains(&layers) {
+        return Ok(());
+    }
+    Err(Error::value("first layers", format!("1 ..= {all}, which the model has"), layers))
 }
 
 /// Names that a sound checkpoint may hold though the model does not read them.

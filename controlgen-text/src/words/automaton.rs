@@ -317,7 +317,7 @@ fn minimal(phrases: Vec<Vec<u16>>) -> Vec<Vec<u16>> {
 }
 
 /// Whether a character is part of words: Unicode's `\w`.
-pub(super) fn is_word(c: char) -> bool {
+pub(crate) fn is_word(c: char) -> bool {
     if c.is_ascii() {
         c.is_ascii_alphanumeric() || c == '_'
     } else {

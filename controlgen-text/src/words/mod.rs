@@ -28,6 +28,7 @@ mod automaton;
 mod moves;
 mod token_trie;
 
+pub(crate) use automaton::is_word;
 pub use automaton::{Place, WordOptions};
 pub use moves::{Move, Moves, Words};
 pub(crate) use token_trie::Edges;

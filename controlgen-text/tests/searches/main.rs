@@ -1,8 +1,12 @@
 //! The searches that are not beams, against distributions that are written out.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod best_of;
+mod contrastive;
 mod listeners;
 mod smc;
+mod speculative;
+mod stochastic_beam;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -23,6 +27,8 @@ const LENGTH: usize = 4;
 
 /// A table model of `vocab` tokens.
 fn table(vocab: i64, seed: u64) -> TableLm {
+    // The models are small: threads would only wait for each other.
+    tch::set_num_threads(1);
     TableLm::new(&TableLmConfig { vocab, seed, scale: 1.3, ..TableLmConfig::default() }).unwrap()
 }
 

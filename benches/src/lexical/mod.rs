@@ -1,0 +1,109 @@
+//! The lexical table: how many of the words wanted of a text each method makes a model say, and at what cost to the text.
+
+mod methods;
+mod options;
+mod plot;
+mod records;
+mod report;
+mod sets;
+
+use std::io::IsTerminal;
+use std::path::Path;
+use std::time::Instant;
+
+use controlgen_core::{Error, Placement, Result};
+use controlgen_text::TextModel;
+use controlgen_text::evaluation::Judge;
+use controlgen_text::words::TokenTrie;
+use indicatif::{ProgressBar, ProgressStyle};
+
+pub use methods::{Job, METHODS, Method};
+use options::Options;
+use records::{Record, Records, Settings};
+use sets::ConceptSets;
+
+/// What the command takes.
+pub use options::USAGE;
+
+/// Runs what the file of records lacks, and prints the table of what it has.
+///
+/// # Errors
+/// What is wrong with the arguments, the model, the sets or the file; what a method refuses.
+pub fn run(arguments: impl Iterator<Item = String>) -> Result<()> {
+    let options = Options::parse(arguments)?;
+    let sets = ConceptSets::open(&options.concepts)?;
+    let sets = sets.first(options.sets)?;
+    let settings = Settings {
+        prompt: options.prompt.clone(),
+        max_new_tokens: options.tokens,
+        model: model_name(&options.model),
+        beams: options.beams,
+        seed: options.seed,
+    };
+    let mut records = Records::open(&options.out, &settings)?;
+    let wanted: Vec<(&Method, usize)> = options
+        .methods
+        .iter()
+        .flat_map(|method| (0..sets.len()).map(move |set| (*method, set)))
+        .filter(|(method, set)| records.find(method.name, &sets[*set]).is_none())
+        .collect();
+    if !wanted.is_empty() {
+        let model = TextModel::open(&options.model, Placement::CPU)?;
+        let trie = TokenTrie::new(model.tokenizer())?;
+        let judge = Judge::new(&model);
+        let bar = progress(wanted.len());
+        for (method, set) in wanted {
+            bar.set_message(method.name);
+            let again = records.any(method.name).filter(|_| method.blind);
+            let record = match again {
+                Some(made) => Record { concepts: sets::plain(&sets[set]), ..made.clone() },
+                None => {
+                    let seed = options.seed.wrapping_add(set as u64);
+                    let (tokens, beams) = (options.tokens, options.beams);
+                    let concepts = &sets[set];
+                    let job = Job { model: &model, trie: &trie, concepts, tokens, beams, seed };
+                    complete(&options.prompt, &judge, method, &job)?
+                }
+            };
+            records.append(record)?;
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+    }
+    let rows = report::rows(&options.methods, &sets, &records)?;
+    let table = report::markdown(&rows, &settings);
+    println!("{table}");
+    if let Some(path) = &options.markdown {
+        std::fs::write(path, &table).map_err(|source| Error::io(path, source))?;
+    }
+    options.plot.as_ref().map_or(Ok(()), |path| plot::draw(path, &rows))
+}
+
+/// One text, judged. The time is the text's alone.
+fn complete(prompt: &str, judge: &Judge, method: &Method, job: &Job<'_>) -> Result<Record> {
+    let begin = Instant::now();
+    let generate = job.model.generate(prompt).max_new_tokens(job.tokens);
+    let generation = (method.make)(job, generate)?.run()?;
+    let seconds = begin.elapsed().as_secs_f64();
+    let text = generation.text().to_owned();
+    let likelihood = judge.likelihoods(prompt, &[&text])?;
+    let likelihood = likelihood.first().copied();
+    let (log_prob, tokens) = likelihood.map_or((0.0, 0), |found| (found.log_prob, found.tokens));
+    let concepts = sets::plain(job.concepts);
+    Ok(Record { method: method.name.into(), concepts, text, log_prob, tokens, seconds })
+}
+
+/// The last two parts of the path: a directory may be called after its format.
+fn model_name(path: &Path) -> String {
+    let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).collect();
+    parts[parts.len().saturating_sub(2)..].join("/")
+}
+
+fn progress(steps: usize) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(steps as u64);
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} texts, {elapsed}, {eta} left  {msg}");
+    style.map_or(bar.clone(), |style| bar.with_style(style))
+}
