@@ -3,6 +3,7 @@
 pub mod conformance;
 pub mod decode;
 pub mod device_suite;
+pub mod grammars;
 pub mod lexical;
 pub mod models;
 pub mod paired;
@@ -25,6 +26,8 @@ pub fn exit(result: controlgen_core::Result<()>) -> ExitCode {
 mod guide {
     #[doc = include_str!("../../docs/guide/text.md")]
     mod text {}
+    #[doc = include_str!("../../docs/guide/constraints.md")]
+    mod constraints {}
     #[doc = include_str!("../../docs/guide/inside.md")]
     mod inside {}
     #[doc = include_str!("../../docs/guide/adapters.md")]

@@ -12,7 +12,8 @@ use controlgen_core::noise::Stream;
 /// How often the ratios are drawn anew.
 const RESAMPLES: usize = 10_000;
 
-/// Ratios of `fours` times four runs: time of `run(true)` over time of `run(false)`.
+/// Ratios of `fours` times four runs: time of `run(true)` over time of `run(false)`. As many, and 10 at most, are run
+/// before and not counted.
 ///
 /// # Errors
 /// Those of `run`.
@@ -28,7 +29,7 @@ pub fn ratios(fours: usize, mut run: impl FnMut(bool) -> Result<()>) -> Result<V
         let ratio = (b + c) / (a + d);
         Ok(if inner { ratio } else { ratio.recip() })
     };
-    for i in 0..10 {
+    for i in 0..fours.min(10) {
         four(i)?;
     }
     (0..fours).map(four).collect()

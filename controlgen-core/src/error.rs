@@ -150,6 +150,16 @@ pub enum Error {
         /// The step, counted in new tokens from 0.
         step: usize,
     },
+    /// A text that is not whole.
+    #[error("{what} is not whole: {reason}; so far it is {text:?}")]
+    Incomplete {
+        /// What it should be.
+        what: String,
+        /// What cut it off.
+        reason: String,
+        /// The text that there is.
+        text: String,
+    },
     /// A device that is not there.
     #[error("device `{wanted}` is not available: {reason}")]
     Device {

@@ -41,5 +41,8 @@ pub mod search;
 pub mod tokenizer;
 pub mod words;
 
-pub use generate::{Completion, Generate, Generation, GenerationConfig, OneOrMany, Piece, TextModel};
+pub use generate::{
+    Completion, Generate, Generation, GenerationConfig, Method, OneOrMany, Piece, TextModel, WatermarkConfig,
+    WordFeature,
+};
 pub use score::{Scored, score_completions, score_text};

@@ -193,6 +193,12 @@ impl LexicalConstraints {
             let _ = scores.shallow_clone().f_index_add_(0, index, &step)?;
         }
         let (mut tokens, mut values) = (Vec::new(), Vec::new());
+        if goes_on != 0.0 {
+            // Without text nothing changes. A model may have more tokens than its tokenizer.
+            let vocab = scores.numel() as i64;
+            tokens.extend(trie.silent().iter().copied().chain(trie.vocab_size()..vocab));
+            values.resize(tokens.len(), (-self.reward * goes_on) as f32);
+        }
         for step in clauses.moves(progress).iter() {
             let added = if trie.begins_outside(step.token) { ends } else { goes_on };
             let value = clauses.worth(&clauses.after(progress, step)) - now - added;
@@ -216,17 +222,21 @@ impl Row {
         }
         let fits = |progress: &Progress| clauses.need(progress, *gap).is_some_and(|need| need <= after);
         let others = Edges::ALL.map(|edges| fits(&clauses.after_other(progress, edges)));
+        let silent = fits(progress);
         let moves = clauses.moves(progress);
         let (allowed, banned): (Vec<_>, Vec<_>) =
             moves.iter().partition(|step| fits(&clauses.after(progress, step)));
         let ids = |moves: &[&crate::words::Move]| moves.iter().map(|step| step.token).collect::<Vec<_>>();
-        if others == [true; 4] {
+        if others == [true; 4] && silent {
             return scores::ban_cells(scores, &ids(&banned));
         }
         let mut kept = ids(&allowed);
         let trie = clauses.words().trie();
         for (kind, _) in others.iter().enumerate().filter(|(_, fits)| **fits) {
             kept.extend(trie.of_kind(kind).iter().filter(|&&token| moves.get(token).is_none()));
+        }
+        if silent {
+            kept.extend(trie.silent().iter().copied().chain(trie.vocab_size()..scores.numel() as i64));
         }
         if kept.is_empty() {
             return Ok(());

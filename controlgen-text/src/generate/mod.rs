@@ -1,9 +1,11 @@
 //! Generation: prompts in, text out, under any stack of controls.
 
 mod config;
+mod structured;
 mod texts;
 
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use controlgen_core::progress::{CancelToken, Flow};
@@ -12,18 +14,24 @@ use controlgen_core::{
 };
 
 use crate::chat::{ChatOptions, ChatTemplate, Message};
+use crate::grammar::{Grammar, Vocabulary};
 use crate::models;
 use crate::search::{self, Choice, Finish, Search, Task};
 use crate::tokenizer::{Special, StopStrings, Tokenizer};
+use crate::words::TokenTrie;
 use texts::{ForkingTexts, Texts, Watch};
 
-pub use config::{GenerationConfig, OneOrMany};
+pub use config::{GenerationConfig, Method, OneOrMany, WatermarkConfig, WordFeature};
 
 /// A language model with its tokenizer.
 pub struct TextModel {
     lm: Box<dyn LanguageModel>,
     tokenizer: Tokenizer,
     eos: Vec<i64>,
+    /// For grammars; handles share it.
+    vocabulary: Arc<OnceLock<Vocabulary>>,
+    /// For words; handles share it.
+    trie: Arc<OnceLock<TokenTrie>>,
 }
 
 impl TextModel {
@@ -55,7 +63,7 @@ impl TextModel {
         eos.extend(tokenizer.eos());
         eos.sort_unstable();
         eos.dedup();
-        Ok(Self { lm, tokenizer, eos })
+        Ok(Self { lm, tokenizer, eos, vocabulary: Arc::default(), trie: Arc::default() })
     }
 
     /// The language model.
@@ -73,10 +81,28 @@ impl TextModel {
         &self.eos
     }
 
+    /// The bytes of the tokenizer's tokens, which words and clauses are compiled for; made at the first call and kept.
+    ///
+    /// # Errors
+    /// Those of [`TokenTrie::new`].
+    pub fn token_trie(&self) -> Result<TokenTrie> {
+        if let Some(made) = self.trie.get() {
+            return Ok(made.clone());
+        }
+        let made = TokenTrie::new(&self.tokenizer)?;
+        Ok(self.trie.get_or_init(|| made).clone())
+    }
+
     /// Another handle over the same weights, for another thread.
     #[must_use]
     pub fn handle(&self) -> Self {
-        Self { lm: self.lm.handle(), tokenizer: self.tokenizer.handle(), eos: self.eos.clone() }
+        Self {
+            lm: self.lm.handle(),
+            tokenizer: self.tokenizer.handle(),
+            eos: self.eos.clone(),
+            vocabulary: Arc::clone(&self.vocabulary),
+            trie: Arc::clone(&self.trie),
+        }
     }
 
     /// The model's first `layers` blocks as a model of their own, over the same weights: [`models::first_layers`].
@@ -146,6 +172,7 @@ pub struct Generate<'a> {
     model: &'a TextModel,
     prompts: Vec<Prompt>,
     controls: TokenControls,
+    grammar: Option<Grammar>,
     site_controls: Option<&'a Controls>,
     lanes: Option<Lanes>,
     search: Box<dyn Search + 'a>,
@@ -168,6 +195,7 @@ impl<'a> Generate<'a> {
             model,
             prompts,
             controls: TokenControls::new(),
+            grammar: None,
             site_controls: None,
             lanes: None,
             search: Box::new(Choice::Greedy),
@@ -296,6 +324,7 @@ impl<'a> Generate<'a> {
         if let Some(error) = self.failed.take() {
             return Err(error);
         }
+        let controls = self.all_controls()?;
         let started = Instant::now();
         let tokenizer = &self.model.tokenizer;
         let prompts = self
@@ -320,7 +349,7 @@ impl<'a> Generate<'a> {
         let task = Task {
             lm: &*self.model.lm,
             prompts: &prompts,
-            controls: &self.controls,
+            controls: &controls,
             pass: Pass { controls: self.site_controls, lanes: self.lanes.as_ref(), ..Pass::default() },
             max_new_tokens: self.max_new_tokens,
             eos: self.eos.as_deref().unwrap_or(&self.model.eos),

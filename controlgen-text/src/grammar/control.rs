@@ -1,10 +1,13 @@
 //! A grammar as a control over the next token.
 
 use std::iter;
+use std::sync::mpsc;
+use std::time::Duration;
 
 use controlgen_core::{Error, Result, Rows, TokenControl};
 use llguidance::Matcher;
-use llguidance::toktrie::TokenId;
+use llguidance::api::TopLevelGrammar;
+use llguidance::toktrie::{SimpleVob, TokenId};
 use tch::Tensor;
 
 use super::{Grammar, Vocabulary};
@@ -21,8 +24,8 @@ use crate::controls::{ban_where, dims};
 /// `finish` weighs a text that is not whole with −∞: it has no probability under the grammar. So a search by beams drops
 /// what the length cuts off; sampling gives it, with that score and [`Finish::Length`](crate::search::Finish::Length).
 ///
-/// The engine is the `llguidance` crate: an Earley parser over lexemes, whose states are derivatives of regular
-/// expressions (Moskal et al.), with the tokens in a trie.
+/// The engine is the `llguidance` crate: Earley's parser (Earley, "An efficient context-free parsing algorithm", 1970)
+/// over lexemes that are recognised by derivatives of regular expressions (Brzozowski, 1964), with the tokens in a trie.
 ///
 /// *Cost*: about 50 µs a row for the mask, and 20 µs to apply it at 50,000 tokens; a fork copies the parser's rows, and
 /// shares the lexer's states with the other rows of its run.
@@ -39,29 +42,15 @@ impl Clone for GrammarControl {
 }
 
 impl GrammarControl {
-    /// The grammar over this vocabulary. Compiling is bounded in time and memory.
+    /// The grammar over this vocabulary. A grammar of usual size compiles in milliseconds; one that takes more than the
+    /// bounds on size, states and work is refused, and so is any that takes longer than 10 seconds. (What intersects
+    /// dozens of patterns goes by the clock alone: its thread is left to itself.)
     ///
     /// # Errors
-    /// [`Error::Value`] for a grammar that does not compile: bad syntax, no text at all, more work than the bounds allow.
+    /// [`Error::Value`] for a grammar that does not compile: bad syntax, no text at all, more work than that.
     pub fn new(grammar: &Grammar, vocabulary: &Vocabulary) -> Result<Self> {
         let wrong = |problem: &str| Error::value(grammar.what, "one that compiles", trimmed(problem));
-        // Compilers of grammars recur, deeper than a thread's usual stack allows.
-        let compiled = std::thread::scope(|scope| {
-            let compile = || {
-                let parser = vocabulary.factory().create_parser(grammar.top_level());
-                let mut matcher = Matcher::new(parser);
-                let first = matcher.compute_mask_or_eos();
-                (matcher, first)
-            };
-            let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, compile);
-            thread.map(|thread| thread.join())
-        });
-        let (mut matcher, first) = match compiled {
-            Ok(Ok(compiled)) => compiled,
-            Ok(Err(_)) => return Err(wrong("its compiler panicked")),
-            Err(error) => return Err(wrong(&format!("no thread to compile it on: {error}"))),
-        };
-        let first = first.map_err(|problem| wrong(&format!("{problem:#}")))?;
+        let (mut matcher, first) = compile(grammar.top_level(), vocabulary.clone()).map_err(|p| wrong(&p))?;
         let warnings = matcher.grammar_warnings();
         if !warnings.is_empty() {
             return Err(wrong(&warnings.join("; ")));
@@ -80,11 +69,28 @@ impl GrammarControl {
     }
 }
 
-/// The stack of the thread that compiles, in bytes; what is not used is not allocated.
-const STACK: usize = 256 << 20;
+/// The compiled grammar with its first mask, or what is wrong with it; on a thread, since compilers recur, deeper than a
+/// thread's usual stack allows, and since what has no bound can be left.
+fn compile(grammar: TopLevelGrammar, vocabulary: Vocabulary) -> Result<(Matcher, SimpleVob), String> {
+    const STACK: usize = 256 << 20; // what is not used is not allocated
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let (done, compiled) = mpsc::channel();
+    let work = move || {
+        let mut matcher = Matcher::new(vocabulary.factory().create_parser(grammar));
+        let first = matcher.compute_mask_or_eos().map_err(|problem| format!("{problem:#}"));
+        // Nobody waits any more where it took too long.
+        let _ = done.send(first.map(|first| (matcher, first)));
+    };
+    let thread = std::thread::Builder::new().name("grammar".into()).stack_size(STACK).spawn(work);
+    thread.map_err(|error| format!("no thread to compile it on: {error}"))?;
+    compiled.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(format!("no end of compiling after {PATIENCE:?}")))
+}
 
 /// The problem, without what llguidance tells of its own state.
 fn trimmed(problem: &str) -> &str {
+    if problem.starts_with("NoExtension") {
+        return "no text that it allows";
+    }
     let end =
         ["\n<state>", "\n<non-verbose/>", "\n<backtrace>"].iter().filter_map(|mark| problem.find(mark)).min();
     problem[..end.unwrap_or(problem.len())].trim()

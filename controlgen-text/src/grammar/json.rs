@@ -28,7 +28,7 @@ pub enum Whitespace {
 /// Properties come in the order of the schema. Supported keywords are `type`, `enum`, `const`, `properties`,
 /// `required`, `additionalProperties`, `patternProperties`, `minProperties`, `maxProperties`, `items`, `prefixItems`,
 /// `additionalItems`, `minItems`, `maxItems`, `minLength`, `maxLength`, `pattern`, `format` (date-time, time, date,
-/// duration, email, hostname, ipv4, ipv6, uuid, uri; of integers int8 … uint64), `minimum`, `maximum`,
+/// duration, email, hostname, ipv4, ipv6, uuid, uri; of numbers int8 … uint128, float and double, which bound them), `minimum`, `maximum`,
 /// `exclusiveMinimum`, `exclusiveMaximum`, `multipleOf`, `allOf`, `anyOf`, `oneOf` whose options exclude each other, and
 /// `$ref` within the document. Annotations (`title`, `description`, …, `x-…`) have no effect; all else is refused,
 /// not ignored.
@@ -50,7 +50,7 @@ impl JsonGrammar {
         let mut unsupported = Vec::new();
         each(&mut schema, &mut |path, schema| {
             refuse(path, schema, &mut unsupported);
-            bound_integers(schema);
+            bound_numbers(schema);
         })?;
         if !unsupported.is_empty() {
             let what = format!("JSON Schema with {}", unsupported.join(", "));
@@ -81,7 +81,7 @@ impl JsonGrammar {
 
     /// The grammar for values that are read into a Rust type: what serde would not miss is left out of the schema, and
     /// objects have no properties but those named.
-    pub(super) fn to_deserialize(mut schema: Value) -> Result<Self> {
+    pub(crate) fn to_deserialize(mut schema: Value) -> Result<Self> {
         let mut joined = false;
         each(&mut schema, &mut |_, schema| {
             // A set takes an item twice.
@@ -183,20 +183,22 @@ const ANNOTATIONS: [&str; 14] = [
 const FORMATS: [&str; 10] =
     ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"];
 
-/// Formats of numbers, with their ranges where the numbers are integers: bounds that f64 holds.
-const NUMBERS: [(&str, Option<(f64, f64)>); 12] = [
-    ("int8", Some((-128.0, 127.0))),
-    ("int16", Some((-32_768.0, 32_767.0))),
-    ("int32", Some((-2_147_483_648.0, 2_147_483_647.0))),
-    ("int64", Some((-9_007_199_254_740_991.0, 9_007_199_254_740_991.0))),
-    ("int", Some((-9_007_199_254_740_991.0, 9_007_199_254_740_991.0))),
-    ("uint8", Some((0.0, 255.0))),
-    ("uint16", Some((0.0, 65_535.0))),
-    ("uint32", Some((0.0, 4_294_967_295.0))),
-    ("uint64", Some((0.0, 9_007_199_254_740_991.0))),
-    ("uint", Some((0.0, 9_007_199_254_740_991.0))),
-    ("float", None),
-    ("double", None),
+/// Formats of numbers with the range that they are held to: within what f64 holds to the unit, and without exponents.
+const NUMBERS: [(&str, (f64, f64)); 14] = [
+    ("int8", (-128.0, 127.0)),
+    ("int16", (-32_768.0, 32_767.0)),
+    ("int32", (-2_147_483_648.0, 2_147_483_647.0)),
+    ("int64", (-9_007_199_254_740_991.0, 9_007_199_254_740_991.0)),
+    ("int", (-9_007_199_254_740_991.0, 9_007_199_254_740_991.0)),
+    ("uint8", (0.0, 255.0)),
+    ("uint16", (0.0, 65_535.0)),
+    ("uint32", (0.0, 4_294_967_295.0)),
+    ("uint64", (0.0, 9_007_199_254_740_991.0)),
+    ("uint", (0.0, 9_007_199_254_740_991.0)),
+    ("int128", (-9_007_199_254_740_991.0, 9_007_199_254_740_991.0)),
+    ("uint128", (0.0, 9_007_199_254_740_991.0)),
+    ("float", (-1e15, 1e15)),
+    ("double", (-1e15, 1e15)),
 ];
 
 /// How deep schemas may be nested: compilers of them recur.
@@ -283,10 +285,10 @@ fn is_number(schema: &Map<String, Value>) -> bool {
     }
 }
 
-/// Gives integers of a format the format's bounds.
-fn bound_integers(schema: &mut Map<String, Value>) {
+/// Gives numbers of a format the format's bounds.
+fn bound_numbers(schema: &mut Map<String, Value>) {
     let format = schema.get("format").and_then(Value::as_str);
-    let bounds = NUMBERS.iter().find(|(name, _)| Some(*name) == format).and_then(|(_, bounds)| *bounds);
+    let bounds = NUMBERS.iter().find(|(name, _)| Some(*name) == format).map(|(_, bounds)| *bounds);
     let Some((low, high)) = bounds.filter(|_| is_number(schema)) else { return };
     let number = |schema: &Map<String, Value>, key: &str| schema.get(key).and_then(Value::as_f64);
     if number(schema, "minimum").is_none_or(|minimum| minimum < low) {

@@ -7,13 +7,31 @@
 //! use controlgen_core::Placement;
 //! use controlgen_text::TextModel;
 //! use controlgen_text::grammar::Grammar;
+//! use serde_json::json;
 //!
 //! let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
-//! let date = Grammar::regex(r"(Monday|Tuesday|Sunday), [0-3]?[0-9] (March|April) 19[0-9]{2}")?;
-//! let generation = model.generate("The letter is dated").grammar(&date)?.sample(7).run()?;
+//! let person = Grammar::json_schema(&json!({
+//!     "type": "object",
+//!     "properties": {
+//!         "name": {"type": "string", "maxLength": 20},
+//!         "age": {"type": "integer", "minimum": 0, "maximum": 120},
+//!         "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 1, "maxItems": 3},
+//!         "email": {"type": "string", "format": "email"}
+//!     },
+//!     "required": ["name", "age", "tags"],
+//!     "additionalProperties": false
+//! }))?;
+//! let generation = model.generate("A person of interest, described in JSON:\n").grammar(&person).sample(2).run()?;
 //! println!("{}", generation.text());
+//! // {"name": "John", "age": 42, "tags": ["red", "green", "blue"], "email": "john@example.com"}
 //! # Ok::<(), controlgen_core::Error>(())
 //! ```
+//!
+//! Without sampling, under beams, in batches and with n > 1 it is the same control. Where only one token can follow,
+//! searches that draw token by token take it without asking the model (*jump-forward*), most of JSON's names and marks;
+//! text and distribution stay what they are.
+//!
+//! What is not found when a grammar is compiled: rules that never come to an end (`start: "a" start`).
 
 mod control;
 mod json;
@@ -23,7 +41,7 @@ use controlgen_core::{Error, Result};
 use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use serde_json::Value;
 
-pub use control::GrammarControl;
+pub use control::{GrammarControl, GrammarState};
 pub use json::{JsonGrammar, Whitespace};
 pub use vocabulary::Vocabulary;
 

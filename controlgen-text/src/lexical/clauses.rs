@@ -169,6 +169,39 @@ impl Clauses {
         after
     }
 
+    /// What is to be said before a word, in tokens, and how many fewer than usual the first word takes from here.
+    fn way(&self, progress: &Progress, word: u32, gap: usize, depth: usize) -> Option<(usize, usize)> {
+        let reach = &self.shared.reach;
+        let gained = reach.cost(word)?.saturating_sub(reach.rest(progress.place, word)?);
+        let mut way = (0usize, gained);
+        for first in self.blocking(progress, word, depth) {
+            let (before, gained) = self.way(progress, first, gap, depth + 1)?;
+            way = (way.0 + before + reach.cost(first)? + gap, gained);
+        }
+        Some(way)
+    }
+
+    /// The words that are to be said before this one. `depth` orders have been followed, of which some may be circles.
+    fn blocking(&self, progress: &Progress, word: u32, depth: usize) -> impl Iterator<Item = u32> {
+        let orders = &self.shared.formula.orders;
+        let ended = self.words().ended(progress.place);
+        let open = orders.iter().zip(&progress.counts.orders).filter(|(_, settled)| settled.is_none());
+        let firsts = open.filter(move |((first, second), _)| *second == word && !ended.contains(first));
+        firsts.map(|((first, _), _)| *first).filter(move |_| depth < orders.len())
+    }
+
+    /// Adds the tokens that begin or continue a word, or what is to be said before it.
+    fn lead(&self, progress: &Progress, word: u32, depth: usize, leads: &mut Vec<i64>) {
+        let mut free = true;
+        for first in self.blocking(progress, word, depth) {
+            free = false;
+            self.lead(progress, first, depth + 1, leads);
+        }
+        if free {
+            leads.extend(self.shared.reach.leads(progress.place, word));
+        }
+    }
+
     /// The tokens that begin or continue a word of a clause that is not `held`, on the shortest ways to it. Repetitions
     /// are not dropped.
     pub(crate) fn leads(&self, progress: &Progress, held: ClauseSet) -> Vec<i64> {
@@ -176,11 +209,28 @@ impl Clauses {
         for clause in self.all().without(held).iter() {
             for literal in &self.shared.formula.clauses[clause] {
                 if let Says::AtLeast(_, word) = *literal {
-                    leads.extend(self.shared.reach.leads(progress.place, word));
+                    self.lead(progress, word, 0, &mut leads);
                 }
             }
         }
         leads
+    }
+
+    /// The clauses that are not `held` of which a word has begun: that is fewer tokens away than it is anew.
+    pub(crate) fn begun(&self, progress: &Progress, held: ClauseSet) -> ClauseSet {
+        let Shared { formula, reach, .. } = &*self.shared;
+        let mut begun = ClauseSet::default();
+        for &(word, _) in self.words().progress(progress.place) {
+            if reach.is_nearer(progress.place, word) {
+                let wants =
+                    |literal: &Says<u32>| matches!(literal, Says::AtLeast(_, other) if *other == word);
+                for &clause in formula.of_word[word as usize].iter().filter(|&&clause| !held.contains(clause))
+                {
+                    begun.put(clause, begun.contains(clause) || formula.clauses[clause].iter().any(wants));
+                }
+            }
+        }
+        begun
     }
 
     /// The greatest share of a word that stands at the end, of the clauses that are not `held`.
@@ -197,11 +247,18 @@ impl Clauses {
     /// More tokens than [`Clauses::need`] ever asks for.
     pub(crate) fn most(&self, gap: usize) -> usize {
         let Shared { formula, reach, .. } = &*self.shared;
-        let cost = |literal: &Says<u32>| match *literal {
-            Says::AtLeast(count, word) => usize::from(count) * (reach.cost(word).unwrap_or(0) + gap),
+        let cost = |word: u32| reach.cost(word).unwrap_or(0) + gap;
+        let orders =
+            formula.orders.len() * formula.orders.iter().map(|&(first, _)| cost(first)).sum::<usize>();
+        let of_literal = |literal: &Says<u32>| match *literal {
+            Says::AtLeast(count, word) => usize::from(count) * cost(word) + orders,
             _ => 0,
         };
-        1 + formula.clauses.iter().map(|clause| clause.iter().map(cost).max().unwrap_or(0)).sum::<usize>()
+        1 + formula
+            .clauses
+            .iter()
+            .map(|clause| clause.iter().map(of_literal).max().unwrap_or(0))
+            .sum::<usize>()
     }
 
     /// How many tokens more are enough to make the clauses hold that do not, if they can be; `gap` is added for each
@@ -212,7 +269,7 @@ impl Clauses {
         if !progress.counts.lost.is_empty() {
             return None;
         }
-        let (place, ended) = (progress.place, self.words().ended(progress.place));
+        let ended = self.words().ended(progress.place);
         // What would be lost by ending here is saved by going on with the word.
         let mut need = usize::from(!lost.is_empty());
         // The word that gains most by where the text stands is said first.
@@ -222,8 +279,8 @@ impl Clauses {
                 Says::AtLeast(count, word) => {
                     let missing = usize::from(count.saturating_sub(progress.counts.words[word as usize]));
                     let missing = missing - usize::from(missing > 0 && ended.contains(&word));
-                    let cost = reach.cost(word)?;
-                    Some((missing * (cost + gap), cost.saturating_sub(reach.rest(place, word)?)))
+                    let (before, gained) = self.way(progress, word, gap, 0)?;
+                    Some((before + missing * (reach.cost(word)? + gap), gained))
                 }
                 _ => None,
             });

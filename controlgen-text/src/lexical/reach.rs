@@ -65,6 +65,12 @@ impl Reach {
 }
 
 impl Reach {
+    /// Whether a word is fewer tokens away than from where nothing is begun.
+    pub(super) fn is_nearer(&self, at: Place, word: u32) -> bool {
+        let cost = self.costs.get(word as usize).copied().flatten().map(|costs| costs[0].min(costs[1]));
+        matches!((self.rests.get(&(at, word)), cost), (Some(&rest), Some(cost)) if rest < cost)
+    }
+
     /// The first tokens of the shortest ways to a word from this place: to go on with it, and to begin anew.
     pub(super) fn leads(&self, at: Place, word: u32) -> impl Iterator<Item = i64> {
         let of = move |at: Place| self.leads.get(&(at, word)).into_iter().flatten().copied();

@@ -24,7 +24,18 @@ use super::{Choice, Finish, Hypothesis, Listener, Search, Task, rows_of};
 /// *Cost*: `num_samples` completions of each prompt in one batch, and the scorer once.
 ///
 /// ```no_run
-/// # EXAMPLE
+/// # fn main() -> controlgen_core::Result<()> {
+/// use controlgen_core::Placement;
+/// use controlgen_text::{TextModel, controls::TopP, search::BestOf};
+///
+/// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+/// let start = model.generate("The old library").with(TopP::new(0.95)?).max_new_tokens(12);
+/// let done = start.search(BestOf::new(8, 1)?).n(2).run()?;
+/// // -2.08 ", abandoned and desolate, just as it's said to"
+/// // -2.65 " carved into the sandstone cliffs had once been the lair of"
+/// done.completions.iter().for_each(|c| println!("{:.2} {:?}", c.score, c.text));
+/// # Ok(())
+/// # }
 /// ```
 #[derive(Clone)]
 pub struct BestOf {

@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 
 use super::Live;
 use super::beams::Sight;
-use super::neurologic::Choice;
+use super::clause_beams::Choice;
 use crate::controls::to_vec;
 use crate::lexical::{ClausesOf, Progress};
 

@@ -3,9 +3,13 @@
 mod beam;
 mod beams;
 mod best_of;
+mod clause_beams;
+mod contrastive;
 mod diverse_beam;
 mod draft;
 mod energies;
+mod grid_beam;
+mod hidden;
 mod jump_forward;
 mod look_ahead;
 mod neurologic;
@@ -25,7 +29,9 @@ use crate::controls::in_vocabulary;
 
 pub use beam::{BeamSearch, EarlyStopping};
 pub use best_of::BestOf;
+pub use contrastive::ContrastiveSearch;
 pub use diverse_beam::DiverseBeamSearch;
+pub use grid_beam::GridBeamSearch;
 pub use neurologic::NeuroLogic;
 pub use sampling::Choice;
 pub use smc::{Particles, Smc};
@@ -147,7 +153,8 @@ pub struct Hypothesis {
     /// log p(token | tokens before it) under the model alone, of each of `ids`.
     pub logprobs: Vec<f64>,
     /// The sum of log-probabilities under the model and its controls, the ending token's included. A search by beams
-    /// has it as [`BeamSearch`] says: scores not normalised again, and divided by a power of the length.
+    /// has it as [`BeamSearch`] says: scores not normalised again, and divided by a power of the length; [`Smc`] has
+    /// log γ, [`BestOf`] its scorer's.
     pub score: f64,
     /// Why it ended.
     pub finish: Finish,
@@ -229,8 +236,19 @@ pub fn prefill(
     pass: &Pass<'_>,
     room: usize,
 ) -> Result<(State, Tensor)> {
+    let (ids, keep) = padded(lm, prompts)?;
+    let &[rows, longest] = ids.size().as_slice() else {
+        return Err(Error::shape("token ids", "[B, T]", &ids.size()));
+    };
+    let mut state = lm.start(Source::Rows(rows), pass)?;
+    state.reserve(longest.saturating_add(i64::try_from(room).unwrap_or(i64::MAX)))?;
+    let output = lm.forward(LmInput::ids(&ids).keep(keep.as_ref()).last(), &mut state, pass)?;
+    Ok((state, next_logits(&output.logits)?))
+}
+
+/// The prompts' ids `[B, T]`, the shorter ones padded on the left, and which are no padding, where some are.
+fn padded(lm: &dyn LanguageModel, prompts: &[Vec<i64>]) -> Result<(Tensor, Option<Tensor>)> {
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    let rows = i64::try_from(prompts.len()).unwrap_or(i64::MAX);
     let fill = lm.spec().pad.or(lm.spec().eos.first().copied()).unwrap_or(0);
     let mut ids = Vec::with_capacity(prompts.len() * longest);
     let mut keep = Vec::with_capacity(prompts.len() * longest);
@@ -242,16 +260,12 @@ pub fn prefill(
         keep.extend(std::iter::repeat_n(true, prompt.len()));
     }
     let device = lm.spec().placement.device;
-    let shape = [rows, i64::try_from(longest).unwrap_or(i64::MAX)];
+    let shape = [prompts.len() as i64, longest as i64];
     let ids = Tensor::f_from_slice(&ids)?.f_view(shape)?.f_to_device(device)?;
     let ragged = keep.contains(&false);
     let keep =
         if ragged { Some(Tensor::f_from_slice(&keep)?.f_view(shape)?.f_to_device(device)?) } else { None };
-
-    let mut state = lm.start(Source::Rows(rows), pass)?;
-    state.reserve(i64::try_from(longest.saturating_add(room)).unwrap_or(i64::MAX))?;
-    let output = lm.forward(LmInput::ids(&ids).keep(keep.as_ref()).last(), &mut state, pass)?;
-    Ok((state, next_logits(&output.logits)?))
+    Ok((ids, keep))
 }
 
 /// `[B, T, V]` to the last position's `[B, V]`, f32 and contiguous.

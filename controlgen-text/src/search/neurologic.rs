@@ -1,14 +1,13 @@
 //! NeuroLogic decoding: beams kept apart by the clauses that they have met.
 
-use std::collections::HashMap;
-
 use controlgen_core::{Error, Result};
 
 use super::beam::BeamSearch;
-use super::beams::{Beam, Pick, Plan, Pool, Rule, Sight, run};
+use super::beams::{Pick, Plan, Pool, Rule, Sight, run};
+use super::clause_beams::{Choice, Memo, in_turn};
 use super::look_ahead::LookAhead;
 use super::{Hypothesis, Listener, Search, Task};
-use crate::lexical::{ClauseSet, ClausesOf, Progress};
+use crate::lexical::ClausesOf;
 
 /// Beam search for texts that make [`Clauses`](crate::lexical::Clauses) hold. Lu, West, Zellers, Le Bras, Bhagavatula
 /// and Choi, "NeuroLogic Decoding: (Un)supervised Neural Text Generation with Predicate Logic Constraints" (NAACL
@@ -19,7 +18,7 @@ use crate::lexical::{ClauseSet, ClausesOf, Progress};
 /// 1. those that lose a clause for good are dropped, and those that end the text while a clause does not hold;
 /// 2. those that are behind are dropped: with m clauses, at token t of T, those of which fewer hold than
 ///    min(the most that do, m t / T') − tolerance · (1 − t / T'), with T' = T − `gap`;
-/// 3. the rest is grouped by the set of clauses that hold, and the best of each group are taken in turn, so that
+/// 3. the rest is grouped by the set of clauses that hold, and by that of those whose words have begun, and the best of each group are taken in turn, so that
 ///    hypotheses which have come to say a word do not have to compete with those that have not.
 ///
 /// Within a group, the best is by
@@ -108,64 +107,6 @@ impl Search for NeuroLogic {
     }
 }
 
-/// How far a hypothesis has come.
-#[derive(Clone)]
-pub(super) struct Memo {
-    pub(super) prompt: usize,
-    pub(super) progress: Progress,
-    /// The clauses that hold if it ends here, and those that it would then lose.
-    pub(super) held: ClauseSet,
-    lost_by_ending: ClauseSet,
-}
-
-/// A candidate that may be taken.
-pub(super) struct Choice {
-    pub(super) pick: Pick<Memo>,
-    /// What it is ranked by.
-    pub(super) rank: f64,
-    pub(super) ends: bool,
-    /// The row that it follows.
-    pub(super) row: usize,
-}
-
-impl ClausesOf {
-    pub(super) fn memo(&self, prompt: usize, progress: Progress) -> Result<Memo> {
-        let clauses = self.get(prompt)?;
-        let (held, lost_by_ending) = clauses.ended(&progress);
-        Ok(Memo { prompt, progress, held, lost_by_ending })
-    }
-
-    /// The candidates of a pool that lose no clause, with a reward for the word at the end.
-    pub(super) fn choices(
-        &self,
-        sight: &Sight<'_>,
-        pool: Pool<'_, Memo>,
-        reward: f64,
-    ) -> Result<Vec<Choice>> {
-        let clauses = self.get(pool.set.prompt)?;
-        let mut choices = Vec::with_capacity(pool.candidates.len());
-        for candidate in pool.candidates {
-            let Beam { row, memo: before, .. } = &pool.set.running[candidate.beam];
-            let ends = sight.task.eos.contains(&candidate.token);
-            let memo = if ends {
-                before.clone()
-            } else {
-                let mut progress = before.progress.clone();
-                clauses.advance(&mut progress, candidate.token);
-                self.memo(before.prompt, progress)?
-            };
-            let lost = if ends { memo.lost_by_ending } else { memo.progress.lost() };
-            if !lost.is_empty() || ends && memo.held != clauses.all() {
-                continue;
-            }
-            let share = if reward > 0.0 { clauses.most_coming(&memo.progress, memo.held) } else { 0.0 };
-            let rank = candidate.score + reward * share;
-            choices.push(Choice { pick: Pick { candidate, memo }, rank, ends, row: *row });
-        }
-        Ok(choices)
-    }
-}
-
 impl Rule for NeuroLogic {
     type Memo = Memo;
 
@@ -174,7 +115,7 @@ impl Rule for NeuroLogic {
     }
 
     fn wanted(&self, memo: &Memo) -> Result<Vec<i64>> {
-        Ok(self.clauses.get(memo.prompt)?.leads(&memo.progress, memo.held))
+        self.clauses.wanted(memo)
     }
 
     fn choose(&self, sight: &Sight<'_>, pools: Vec<Pool<'_, Memo>>) -> Result<Vec<Vec<Pick<Memo>>>> {
@@ -192,47 +133,18 @@ impl Rule for NeuroLogic {
             choices.retain(|choice| choice.pick.memo.held.len() as f64 >= least - 1e-9);
             all.push(choices);
         }
+        let best_first = |choices: &mut Vec<Choice>| choices.sort_by(|a, b| b.rank.total_cmp(&a.rank));
+        all.iter_mut().for_each(best_first);
         if let Some(look_ahead) = &self.look_ahead {
-            for choices in &mut all {
-                choices.sort_by(|a, b| b.rank.total_cmp(&a.rank));
-            }
             look_ahead.rank(sight, &self.clauses, &mut all)?;
+            all.iter_mut().for_each(best_first);
         }
         let most = sight.plan.candidates(sight.task);
-        Ok(all.into_iter().map(|choices| in_turn(choices, most)).collect())
+        let turn = |memo: &Memo| (memo.held.len(), (memo.held, memo.begun));
+        Ok(all.into_iter().map(|choices| in_turn(choices, most, turn)).collect())
     }
 
     fn unmet(&self, memo: &Memo) -> Vec<usize> {
-        self.clauses
-            .get(memo.prompt)
-            .map_or_else(|_| Vec::new(), |clauses| clauses.all().without(memo.held).iter().collect())
+        self.clauses.unmet(memo)
     }
-}
-
-/// The best of each group in turn; those that end come in their group's turn too. At most `most`.
-fn in_turn(mut choices: Vec<Choice>, most: usize) -> Vec<Pick<Memo>> {
-    choices.sort_by(|a, b| b.rank.total_cmp(&a.rank));
-    // Turns are counted in the group, groups among those of as many clauses: best first.
-    let mut groups: HashMap<(ClauseSet, bool), (usize, usize)> = HashMap::new();
-    let mut banks: HashMap<usize, usize> = HashMap::new();
-    let turn = |choice: &Choice| {
-        let held = choice.pick.memo.held;
-        let (group, turn) = groups.entry((held, choice.ends)).or_insert_with(|| {
-            let bank = banks.entry(held.len()).or_default();
-            *bank += 1;
-            (*bank - 1, 0)
-        });
-        *turn += 1;
-        (*turn - 1, *group)
-    };
-    let mut turns: Vec<((usize, usize), Choice)> = choices
-        .into_iter()
-        .map({
-            let mut turn = turn;
-            move |choice| (turn(&choice), choice)
-        })
-        .collect();
-    turns.sort_by(|(a, x), (b, y)| a.cmp(b).then(y.rank.total_cmp(&x.rank)));
-    turns.truncate(most);
-    turns.into_iter().map(|(_, choice)| choice.pick).collect()
 }

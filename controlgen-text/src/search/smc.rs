@@ -55,13 +55,19 @@ const DRAWING: u64 = u64::MAX - 1;
 /// resampling or particle that ends.
 ///
 /// ```no_run
-/// use controlgen_core::{Placement, Result};
-/// use controlgen_text::TextModel;
-/// use controlgen_text::controls::BannedWords;
-/// use controlgen_text::search::{Smc, Task};
+/// # fn main() -> controlgen_core::Result<()> {
+/// use controlgen_core::{Energy, Placement};
+/// use controlgen_text::{TextModel, energies::Keyword, search::Smc};
 ///
-/// # fn main() -> Result<()> {
-/// # EXAMPLE
+/// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+/// let storm = Energy::new(Keyword::spelled(model.tokenizer(), "storm")?);
+/// let done = model
+///     .generate("The ship left the harbour and sailed into a")
+///     .search(Smc::new(16, 1)?.energy(storm))
+///     .max_new_tokens(10)
+///     .run()?;
+/// // " storm unto doom. But I will not rest till", of log γ = -25.06
+/// println!("{:?}, of log γ = {:.2}", done.text(), done.completions[0].score);
 /// # Ok(())
 /// # }
 /// ```

@@ -33,7 +33,21 @@ use crate::sample;
 /// many tokens were kept.
 ///
 /// ```no_run
-/// # EXAMPLE
+/// # fn main() -> controlgen_core::Result<()> {
+/// use controlgen_core::Placement;
+/// use controlgen_text::{TextModel, search::{Choice, Speculative}};
+///
+/// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+/// let list = "Item: 12 red apples. Item: 7 green pears. Item: 3 yellow melons.";
+/// let done = model
+///     .generate(format!("{list}\nThe same list: Item: 12 red"))
+///     .search(Speculative::prompt_lookup(Choice::Greedy, 3, 7)?)
+///     .max_new_tokens(16)
+///     .run()?;
+/// // " apples. Item: 12 green melons. Item: 3 yellow"
+/// println!("{:?}", done.text());
+/// # Ok(())
+/// # }
 /// ```
 pub struct Speculative {
     choice: Choice,

@@ -34,7 +34,17 @@ use crate::controls::{dims, to_vec};
 /// forked or dropped, one copy of the model's cache.
 ///
 /// ```no_run
-/// # EXAMPLE
+/// # fn main() -> controlgen_core::Result<()> {
+/// use controlgen_core::Placement;
+/// use controlgen_text::{TextModel, search::StochasticBeamSearch};
+///
+/// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+/// let start = model.generate("The capital of France is").max_new_tokens(3);
+/// let done = start.search(StochasticBeamSearch::new(4, 1)?).n(4).run()?;
+/// // -1.66 " Paris.\n"   -3.65 " Paris, which"   -3.14 " Paris, and"   -4.34 " Paris. In"
+/// done.completions.iter().for_each(|c| print!("{:.2} {:?}   ", c.score, c.text));
+/// # Ok(())
+/// # }
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StochasticBeamSearch {

@@ -24,9 +24,10 @@ struct Shared {
     tokens: Vec<u32>,
     /// The edges of each token.
     edges: Vec<Edges>,
-    /// The tokens of each kind of edges: begins outside and ends outside, only begins, only ends, neither.
+    /// The tokens of each kind of [`Edges::ALL`] that have text.
     kinds: [Vec<i64>; 4],
     outside: Vec<i64>,
+    silent: Vec<i64>,
 }
 
 /// On which sides a token has a character that is no word character.
@@ -124,13 +125,15 @@ impl TokenTrie {
                 ));
             }
         };
-        let all = |kept: &dyn Fn(Edges) -> bool| -> Vec<i64> {
-            (0..).zip(&edges).filter(|(_, edges)| kept(**edges)).map(|(token, _)| token).collect()
+        let begins = |token: usize| if token == 0 { 0 } else { ends[token - 1] };
+        let all = |kept: &dyn Fn(Edges, bool) -> bool| -> Vec<i64> {
+            let kept = |&token: &usize| kept(edges[token], ends[token] == begins(token));
+            (0..edges.len()).filter(kept).map(|token| token as i64).collect()
         };
-        let kinds = Edges::ALL.map(|kind| all(&|edges| edges == kind));
-        let outside = all(&|edges| edges.begins);
+        let kinds = Edges::ALL.map(|kind| all(&|edges, silent| edges == kind && !silent));
+        let (outside, silent) = (all(&|edges, _| edges.begins), all(&|_, silent| silent));
         let (nodes, tokens) = (Vec::new(), (0..count).collect());
-        let mut shared = Shared { bytes, ends, nodes, tokens, edges, kinds, outside };
+        let mut shared = Shared { bytes, ends, nodes, tokens, edges, kinds, outside, silent };
         shared.plant();
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -156,7 +159,12 @@ impl TokenTrie {
         &self.shared.outside
     }
 
-    /// The tokens whose edges are the i-th of [`Edges::ALL`].
+    /// All tokens that have no text, in order.
+    pub(crate) fn silent(&self) -> &[i64] {
+        &self.shared.silent
+    }
+
+    /// The tokens with text whose edges are the i-th of [`Edges::ALL`].
     pub(crate) fn of_kind(&self, i: usize) -> &[i64] {
         self.shared.kinds.get(i).map_or(&[], Vec::as_slice)
     }

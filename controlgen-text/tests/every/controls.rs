@@ -1,14 +1,20 @@
 //! The controls of the table, and what they promise of texts.
 
 use controlgen_core::{TokenControl, TokenControls};
-use controlgen_text::controls::{
-    BannedWords, EpsilonCutoff, EtaCutoff, ForcedPrefix, FrequencyPresence, LogitBias, MinLength, MinP,
-    NoRepeatNgram, RepetitionPenalty, Suppress, Temperature, TopK, TopP, Typical,
+use controlgen_text::controls::features::{
+    Alliteration, Features, Monosyllabic, Repetition, WordLength, WordList,
 };
+use controlgen_text::controls::{
+    BannedWords, EpsilonCutoff, EtaCutoff, ForcedPrefix, FrequencyPresence, LexicalConstraints, LogitBias,
+    MinLength, MinP, NoRepeatNgram, Regularised, Regulariser, RepetitionPenalty, Suppress, Temperature, TopK,
+    TopP, Typical, Watermark,
+};
+use controlgen_text::grammar::{Grammar, GrammarControl, Vocabulary};
+use controlgen_text::lexical::{Clause, Clauses};
 use controlgen_text::search::Finish;
 use controlgen_text::{Completion, TextModel};
 
-use crate::EOS;
+use crate::{EOS, NEW_TOKENS};
 
 type Holds = Box<dyn Fn(&str, &Completion) -> Result<(), String>>;
 
@@ -38,6 +44,20 @@ fn demand(holds: bool, broken: &str) -> Result<(), String> {
 
 pub fn all(model: &TextModel) -> Vec<Case> {
     let tokenizer = model.tokenizer();
+    let trie = model.token_trie().unwrap();
+    let regularised = |regulariser| Regularised::new(regulariser, 0.7).unwrap();
+    let features = Features::new(&trie)
+        .with(2.0, WordList::new(["a", "the", "of"]).unwrap())
+        .and_then(|all| all.with(-1.0, Repetition::new()))
+        .and_then(|all| all.with(0.5, Alliteration))
+        .and_then(|all| all.with(0.1, WordLength))
+        .and_then(|all| all.with(0.2, Monosyllabic))
+        .unwrap();
+    let clauses = Clauses::new(&trie, [Clause::any(["a", "I"]), Clause::any(["!the", "of"])]).unwrap();
+    let constraints =
+        LexicalConstraints::new(&clauses, [EOS]).unwrap().within(NEW_TOKENS).reward(1.0).unwrap();
+    let vocabulary = Vocabulary::new(tokenizer, &[EOS]).unwrap();
+    let grammar = |grammar: &Grammar| GrammarControl::new(grammar, &vocabulary).unwrap();
     vec![
         Case { name: "none", stack: TokenControls::new(), holds: Box::new(|_, _| Ok(())) },
         case("temperature", Temperature::new(0.7).unwrap()),
@@ -61,12 +81,35 @@ pub fn all(model: &TextModel) -> Vec<Case> {
         promising("banned words", BannedWords::words(tokenizer, ["e", "the"]).unwrap(), |_, c| {
             demand(!c.text.split(' ').any(|word| word == "the"), "the word")
         }),
+        promising("letters", grammar(&Grammar::regex("[ab]{2,4}").unwrap()), |_, c| {
+            let letters = c.text.bytes().all(|b| b"ab".contains(&b)) && (2..=4).contains(&c.text.len());
+            demand(letters && matches!(c.finish, Finish::Eos(_)), "not of the grammar")
+        }),
         case("logit bias", LogitBias::new([(5, 3.0), (7, f64::NEG_INFINITY)]).unwrap()),
         promising("minimum length", MinLength::new(4, [EOS]).unwrap(), |_, c| {
             demand(c.ids.len() >= 4, "too short")
         }),
         promising("forced prefix", ForcedPrefix::new([40, 41, 42]).unwrap(), |_, c| {
             demand(c.ids.starts_with(&[40, 41, 42]), "another beginning")
+        }),
+        case("regulariser: greedy", regularised(Regulariser::Greedy)),
+        case("regulariser: variance", regularised(Regulariser::Variance)),
+        case("regulariser: local", regularised(Regulariser::Local)),
+        case("regulariser: max", regularised(Regulariser::Max)),
+        case("regulariser: squared", regularised(Regulariser::Squared)),
+        case("features", features),
+        case("watermark", Watermark::new(7, 0.4, 2.0).unwrap()),
+        promising("clauses", constraints, move |_, c| {
+            let unmet = clauses.unmet(&c.text);
+            demand(c.score == f64::NEG_INFINITY || unmet.is_empty(), "a clause is not met")
+        }),
+        promising("a regular expression", grammar(&Grammar::regex("[a-z]{1,3} [0-9]").unwrap()), |_, c| {
+            let (letters, digit) = c.text.split_once(' ').ok_or("no space")?;
+            let holds = (1..=3).contains(&letters.len()) && letters.bytes().all(|b| b.is_ascii_lowercase());
+            demand(holds && digit.len() == 1 && digit.bytes().all(|b| b.is_ascii_digit()), "another text")
+        }),
+        promising("choices", grammar(&Grammar::choices(["yes", "no", "not now"]).unwrap()), |_, c| {
+            demand(["yes", "no", "not now"].contains(&&*c.text), "no choice")
         }),
     ]
 }

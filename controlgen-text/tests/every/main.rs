@@ -15,6 +15,7 @@ use controlgen_core::{Error, Result, Rows, TokenControl, TokenControls};
 use controlgen_text::search::Finish;
 use controlgen_text::tokenizer::{Special, Tokenizer};
 use controlgen_text::{Completion, TextModel};
+use searches::Way;
 use tch::{Kind, Tensor};
 
 /// Prompts of several lengths.
@@ -44,7 +45,7 @@ fn every_control_under_every_search() {
     let mut ran = 0;
     let mut skipped = 0;
     for case in controls::all(&model) {
-        for (search, make) in searches::all() {
+        for Way { name: search, make, n } in searches::all() {
             if SKIPPED.iter().any(|&(c, s, _)| (c, s) == (case.name, search)) {
                 skipped += 1;
                 continue;
@@ -53,7 +54,7 @@ fn every_control_under_every_search() {
             let run = |prompts: &[&str]| {
                 let start = model.generate_batch(prompts.iter().copied());
                 let start = start.with(case.stack.clone()).search(make(&model));
-                start.n(searches::N).max_new_tokens(NEW_TOKENS).eos([EOS]).run()
+                start.n(n).max_new_tokens(NEW_TOKENS).eos([EOS]).run()
             };
             let batch = run(&PROMPTS).unwrap_or_else(|error| told("batch 8", &error)).completions;
             assert!(!batch.is_empty());

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod best_of;
+mod contrastive;
 mod listeners;
 mod smc;
 mod speculative;

@@ -1,23 +1,31 @@
 //! Generation described by a file: the field names of transformers' GenerationConfig.
 
+mod constraints;
+mod method;
+
 use std::path::Path;
 
 use controlgen_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{Choice, Generate};
+use super::Generate;
 use crate::controls::{
     BannedWords, EpsilonCutoff, EtaCutoff, ForcedPrefix, FrequencyPresence, LogitBias, MinLength, MinP,
-    NoRepeatNgram, RepetitionPenalty, Suppress, Temperature, TopK, TopP, Typical,
+    NoRepeatNgram, Regulariser, RepetitionPenalty, Suppress, Temperature, TopK, TopP, Typical,
 };
-use crate::search::{BeamSearch, DiverseBeamSearch, EarlyStopping};
+use crate::search::EarlyStopping;
 use crate::tokenizer::Special;
 
-/// What to generate with, under the field names of transformers' GenerationConfig.
+pub use constraints::{WatermarkConfig, WordFeature};
+pub use method::Method;
+
+/// What to generate with, under the field names of transformers' GenerationConfig, and fields of our own for what it has
+/// not.
 ///
 /// A field that is absent leaves its control off: there are no hidden defaults (`top_k` included). Controls act in
-/// the order of transformers: penalties and bans, lengths, then temperature, top-k, top-p, min-p, typical, epsilon,
-/// eta. The latter, from `temperature` on, act under `do_sample` only, as there.
+/// this order: regulariser, features, watermark; transformers' penalties, bans and lengths; grammar and clauses; then
+/// temperature, top-k, top-p, min-p, typical, epsilon, eta. The latter, from `temperature` on, act only where tokens
+/// are drawn, as there.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GenerationConfig {
@@ -67,7 +75,8 @@ pub struct GenerationConfig {
     pub sequence_bias: Option<Vec<(Vec<i64>, f64)>>,
     /// Completions of each prompt.
     pub num_return_sequences: Option<usize>,
-    /// Hypotheses of each prompt that are kept; 1 is no search by beams. Beams are not sampled: not with `do_sample`.
+    /// Hypotheses of each prompt that are kept; 1 is no search by beams, unless `method` names one, which has 4 where this
+    /// is absent. Beams are not sampled: not with `do_sample`.
     pub num_beams: Option<usize>,
     /// The power of the length that a beam's score is divided by.
     pub length_penalty: Option<f64>,
@@ -77,6 +86,42 @@ pub struct GenerationConfig {
     pub num_beam_groups: Option<usize>,
     /// What a token costs for each beam of an earlier group that says it, > 0; 0 where there are no groups.
     pub diversity_penalty: Option<f64>,
+    /// How tokens are searched for; where it is absent, what `do_sample`, `num_beams` and `num_beam_groups` say.
+    pub method: Option<Method>,
+    /// Samples of `method = "best_of"`; 8 unless said.
+    pub num_samples: Option<usize>,
+    /// Particles of `method = "smc"`; 32 unless said.
+    pub num_particles: Option<usize>,
+    /// α of `method = "contrastive"`, in [0, 1], which then needs `top_k`; the paper's are 0.6 and 4, which are taken where
+    /// neither is said.
+    pub penalty_alpha: Option<f64>,
+    /// Tokens that `method = "prompt_lookup"` drafts at most; 10 unless said.
+    pub prompt_lookup_num_tokens: Option<usize>,
+    /// Tokens that `method = "neurologic"` looks ahead; 0 is none.
+    pub look_ahead: Option<usize>,
+    /// Clauses that are all to hold, each a list of words or phrases of which one is to be said; `"!word"` is one that
+    /// is not to be said. Whole words, of either case. Met by the search where `method` is `"neurologic"` or
+    /// `"grid_beam"` (then with `num_beams` 20 unless said), by a control under all others.
+    pub clauses: Option<Vec<Vec<String>>>,
+    /// What a clause is worth to the control, in nats, while it leads to the words; see
+    /// [`LexicalConstraints::reward`](crate::controls::LexicalConstraints::reward).
+    pub clause_reward: Option<f64>,
+    /// The JSON Schema that the completion is to follow.
+    pub json_schema: Option<serde_json::Value>,
+    /// The regular expression that the whole completion is to match.
+    pub regex: Option<String>,
+    /// The context-free grammar that the completion is to follow, in Lark's syntax.
+    pub lark: Option<String>,
+    /// The texts of which the completion is to be one.
+    pub choices: Option<Vec<String>>,
+    /// How evenly surprisal is to be spread.
+    pub regularizer: Option<Regulariser>,
+    /// λ of the regulariser, ≥ 0.
+    pub regularizer_weight: Option<f64>,
+    /// Words that are worth something.
+    pub features: Option<Vec<WordFeature>>,
+    /// A mark that a detector finds.
+    pub watermarking_config: Option<WatermarkConfig>,
     /// Texts that end a completion.
     pub stop: Option<Vec<String>>,
     /// The same, by transformers' name.
@@ -136,9 +181,11 @@ impl GenerationConfig {
             to.eos = Some(ids.to_vec());
         }
         let eos = to.eos.clone().unwrap_or_else(|| to.model.eos().to_vec());
+        self.scored(to)?;
         self.bans(to, &eos)?;
+        let clauses = self.constraints(to, &eos)?;
         self.warps(to)?;
-        self.beams(to)?;
+        to.search = self.search(to, clauses.as_ref())?;
         if let Some(n) = self.num_return_sequences {
             to.n = n;
         }
@@ -195,11 +242,9 @@ impl GenerationConfig {
 
     /// What shapes the distribution that is sampled.
     fn warps(&self, to: &mut Generate<'_>) -> Result<()> {
-        if !self.do_sample {
-            to.search = Box::new(Choice::Greedy);
+        if !self.draws()? {
             return Ok(());
         }
-        to.search = Box::new(Choice::Sample { seed: to.seed, first: 0 });
         let controls = &mut to.controls;
         if let Some(temperature) = self.temperature {
             controls.push(Temperature::new(temperature)?);
@@ -222,30 +267,6 @@ impl GenerationConfig {
         if let Some(epsilon) = self.eta_cutoff.filter(|&epsilon| epsilon > 0.0) {
             controls.push(EtaCutoff::new(epsilon)?);
         }
-        Ok(())
-    }
-
-    /// Search by beams. Without them, what else is said of beams must make sense, and is not used.
-    fn beams(&self, to: &mut Generate<'_>) -> Result<()> {
-        let search = BeamSearch::new(self.num_beams.unwrap_or(1))?
-            .length_penalty(self.length_penalty.unwrap_or(1.0))?
-            .early_stopping(self.early_stopping.unwrap_or_default());
-        let diverse = match (self.num_beam_groups.unwrap_or(1), self.diversity_penalty.unwrap_or(0.0)) {
-            (1, 0.0) => None,
-            (1, penalty) => {
-                return Err(Error::value("diversity_penalty", "0 with num_beam_groups = 1", penalty));
-            }
-            (groups, penalty) => Some(DiverseBeamSearch::new(search, groups, penalty)?),
-        };
-        let Some(beams) = self.num_beams.filter(|&beams| beams > 1) else { return Ok(()) };
-        if self.do_sample {
-            let what = format!("do_sample with num_beams = {beams}");
-            return Err(Error::unsupported(what, "one of the two"));
-        }
-        to.search = match diverse {
-            Some(diverse) => Box::new(diverse),
-            None => Box::new(search),
-        };
         Ok(())
     }
 }
