@@ -20,6 +20,36 @@ use super::{check, scores};
 /// Prompts of a batch have the same noise too, so that each finds what it finds alone; completions of one prompt differ
 /// as a search's do, not as samples.
 ///
+/// ```no_run
+/// use controlgen_core::{Placement, Result};
+/// use controlgen_text::TextModel;
+/// use controlgen_text::controls::GumbelNoise;
+/// use controlgen_text::lexical::{Clause, Clauses};
+/// use controlgen_text::search::{BeamSearch, NeuroLogic};
+/// use controlgen_text::words::TokenTrie;
+///
+/// fn main() -> Result<()> {
+///     let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+///     let clauses = Clauses::new(&TokenTrie::new(model.tokenizer())?, [
+///         Clause::any(["dog", "dogs"]),
+///         Clause::any(["frisbee", "frisbees"]),
+///         Clause::any(["catch", "catches", "caught", "catching"]),
+///         Clause::any(["throw", "throws", "threw", "thrown", "throwing"]),
+///     ])?;
+///     for seed in 1..4 {
+///         let search = NeuroLogic::new(BeamSearch::new(20)?, &clauses);
+///         let generate = model.generate("Once upon a time").with(GumbelNoise::new(seed, 0.7)?).search(search);
+///         println!("{}", generate.max_new_tokens(32).run()?.text());
+///     }
+///     // , throwing frisbees and catching dogs was the norm. Now, the sport appears to be dying. There’s only one breed of
+///     // dog that will continue
+///     // , a young girl named Emma threw a Frisbee at a cat, catching it! Emma, the dog, had no idea what she was doing, but
+///     // , a dog named Sammy threw a frisbee. Sammy caught it, but instead of throwing it back at a stray dog in the park,
+///     // he had it
+///     Ok(())
+/// }
+/// ```
+///
 /// *Cost*: one number for each token of the vocabulary in each step, about a millisecond for 49k.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GumbelNoise {

@@ -32,6 +32,26 @@ use crate::words::Edges;
 /// Under sampling, masks make another distribution than p(x) · 1\[…\], normalised: it is the model's, normalised anew
 /// over the tokens left in each step. Sequential Monte Carlo corrects for it.
 ///
+/// ```no_run
+/// use controlgen_core::{Placement, Result};
+/// use controlgen_text::TextModel;
+/// use controlgen_text::controls::LexicalConstraints;
+/// use controlgen_text::lexical::Clauses;
+/// use controlgen_text::search::BeamSearch;
+/// use controlgen_text::words::TokenTrie;
+///
+/// fn main() -> Result<()> {
+///     let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+///     let clauses = Clauses::new(&TokenTrie::new(model.tokenizer())?, ["castle", "!king", "!queen"])?;
+///     let control = LexicalConstraints::new(clauses, model.eos().to_vec())?.within(32);
+///     let generate = model.generate("Once upon a time").with(control).search(BeamSearch::new(4)?);
+///     println!("{}", generate.max_new_tokens(32).run()?.text());
+///     // , there was a small town nestled in the heart of a bustling city. The town was known for its vibrant arts and
+///     // culture, with a castle-like architecture
+///     Ok(())
+/// }
+/// ```
+///
 /// *Cost*: a few microseconds a row for the mask; with a reward, or near the end of a length, a pass over the tokens
 /// that begin or continue a word (some hundreds for each).
 #[derive(Clone, Debug)]

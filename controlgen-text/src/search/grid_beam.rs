@@ -24,6 +24,30 @@ use crate::lexical::ClausesOf;
 /// literals are as in [`NeuroLogic`](super::NeuroLogic), which parts hypotheses by *which* clauses they have met and
 /// not by how much. Where the length does not suffice, the best is kept and [`Hypothesis::unmet`] says what it lacks.
 ///
+/// ```no_run
+/// use controlgen_core::{Placement, Result};
+/// use controlgen_text::TextModel;
+/// use controlgen_text::lexical::{Clause, Clauses};
+/// use controlgen_text::search::{BeamSearch, GridBeamSearch};
+/// use controlgen_text::words::TokenTrie;
+///
+/// fn main() -> Result<()> {
+///     let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+///     let clauses = Clauses::new(&TokenTrie::new(model.tokenizer())?, [
+///         Clause::any(["dog", "dogs"]),
+///         Clause::any(["frisbee", "frisbees"]),
+///         Clause::any(["catch", "catches", "caught", "catching"]),
+///         Clause::any(["throw", "throws", "threw", "thrown", "throwing"]),
+///     ])?;
+///     let search = GridBeamSearch::new(BeamSearch::new(20)?, clauses);
+///     let generation = model.generate("Once upon a time").search(search).max_new_tokens(32).run()?;
+///     println!("{}", generation.text());
+///     // , Frisbee threw a ball into the air and caught it. The dog chased the ball, but the dog didn't catch the ball.
+///     // The next day
+///     Ok(())
+/// }
+/// ```
+///
 /// *Cost*: that of beam search, whatever C; num_beams should be more than C.
 #[derive(Clone, Debug)]
 pub struct GridBeamSearch {

@@ -37,6 +37,9 @@ use crate::lexical::ClausesOf;
 /// turns from the best-scored on; here first those come that are the best of as many clauses, so that with ten clauses
 /// and a thousand sets the beams are not all used up by sets of few clauses.
 ///
+/// Like all beams it finds the likeliest texts, which are much alike. Under [`GumbelNoise`](crate::controls::GumbelNoise)
+/// each seed finds another one.
+///
 /// With [`look_ahead`](Self::look_ahead): Lu et al., "NeuroLogic A*esque Decoding: Constrained Text Generation with
 /// Lookahead Heuristics" (NAACL 2022), section 3.
 ///
