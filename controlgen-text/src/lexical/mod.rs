@@ -16,7 +16,7 @@
 //!     Clause::any(["!cat", "dogs"]),
 //!     Literal::at_most(2, ["dog", "dogs"])?.into(),
 //! ])?;
-//! assert_eq!(clauses.unmet("A dog."), []);
+//! assert!(clauses.unmet("A dog.").is_empty());
 //! assert_eq!(clauses.unmet("A dog and a cat."), [1]);
 //! assert_eq!(clauses.unmet("Dogs, dogs, dogs."), [2]);
 //! # Ok::<(), controlgen_core::Error>(())
