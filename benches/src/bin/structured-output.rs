@@ -83,7 +83,7 @@ impl Tally {
     }
 }
 
-/// Draws texts of a case; the completions, and the share of the control in the time of decoding.
+/// Draws texts of a case, and judges them and those that beams find; the drawn ones.
 fn draw(
     model: &TextModel,
     case: &Case,
@@ -207,7 +207,9 @@ fn run() -> Result<()> {
         let compiled = begin.elapsed();
         let all = draw(&model, case, &control, options.count.div_ceil(of_kind), options.most)?;
         let of_case = masks(&control, vocab, &all)?;
-        println!("  compiled in {compiled:.1?}; {} masks: {}", of_case.len(), quantiles(&of_case));
+        if !of_case.is_empty() {
+            println!("  compiled in {compiled:.1?}; {} masks: {}", of_case.len(), quantiles(&of_case));
+        }
         times.extend(of_case);
         if let (Some(out), Some(path)) = (&mut out, &options.texts) {
             for completion in &all {
