@@ -72,12 +72,19 @@ pub const METHODS: &[Method] = &[
         blind: false,
         make: |job, generate| Ok(generate.search(job.neurologic()?.look_ahead(4, 1.0)?)),
     },
+    // The mask makes the last beams say what is missing while there is room.
+    Method {
+        name: "neurologic_mask",
+        blind: false,
+        make: |job, generate| Ok(generate.with(job.constraints()?).search(job.neurologic()?)),
+    },
+    // Led to the words by a reward; the likeliest of the particles.
     Method {
         name: "smc",
         blind: false,
         make: |job, generate| {
-            let constraints = job.constraints()?.reward(4.0)?;
-            Ok(generate.with(constraints).search(Smc::new(job.beams, job.seed)?))
+            let generate = generate.with(job.constraints()?.reward(4.0)?).with(TopP::new(0.9)?);
+            Ok(generate.n(job.beams).search(Smc::new(job.beams, job.seed)?))
         },
     },
 ];

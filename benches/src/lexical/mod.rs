@@ -12,9 +12,9 @@ use std::path::Path;
 use std::time::Instant;
 
 use controlgen_core::{Error, Placement, Result};
-use controlgen_text::TextModel;
-use controlgen_text::evaluation::Judge;
+use controlgen_text::evaluation::{Concept, Judge};
 use controlgen_text::words::TokenTrie;
+use controlgen_text::{Completion, TextModel};
 use indicatif::{ProgressBar, ProgressStyle};
 
 pub use methods::{Job, METHODS, Method};
@@ -85,12 +85,27 @@ fn complete(prompt: &str, judge: &Judge, method: &Method, job: &Job<'_>) -> Resu
     let generate = job.model.generate(prompt).max_new_tokens(job.tokens);
     let generation = (method.make)(job, generate)?.run()?;
     let seconds = begin.elapsed().as_secs_f64();
-    let text = generation.text().to_owned();
+    let text = best(&generation.completions, job.concepts)?;
     let likelihood = judge.likelihoods(prompt, &[&text])?;
     let likelihood = likelihood.first().copied();
     let (log_prob, tokens) = likelihood.map_or((0.0, 0), |found| (found.log_prob, found.tokens));
     let concepts = sets::plain(job.concepts);
     Ok(Record { method: method.name.into(), concepts, text, log_prob, tokens, seconds })
+}
+
+/// Of several completions the one that says most of the words, and of those the likeliest by the token.
+fn best(completions: &[Completion], concepts: &[Vec<String>]) -> Result<String> {
+    let concepts = concepts.iter().map(Concept::new).collect::<Result<Vec<_>>>()?;
+    let rank = |completion: &&Completion| {
+        let said = concepts.iter().filter(|concept| concept.is_in(&completion.text)).count();
+        let mean = completion.logprobs.iter().sum::<f64>() / completion.logprobs.len().max(1) as f64;
+        (said, mean)
+    };
+    let best = completions.iter().max_by(|a, b| {
+        let ((said, mean), (other, than)) = (rank(a), rank(b));
+        said.cmp(&other).then(mean.total_cmp(&than))
+    });
+    Ok(best.map_or_else(String::new, |completion| completion.text.clone()))
 }
 
 /// The last two parts of the path: a directory may be called after its format.

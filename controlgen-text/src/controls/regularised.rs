@@ -38,6 +38,32 @@ pub enum Regulariser {
 /// of 0.
 ///
 /// *Cost*: a log-sum-exp and about five passes over `[B, V]`, and one buffer of that size kept until the next step.
+///
+/// ```no_run
+/// use controlgen_core::{Placement, Result};
+/// use controlgen_text::TextModel;
+/// use controlgen_text::controls::{MinLength, Regularised, Regulariser};
+/// use controlgen_text::search::{BeamSearch, EarlyStopping};
+///
+/// # fn main() -> Result<()> {
+/// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+/// let beams = BeamSearch::new(10)?.length_penalty(0.0)?.early_stopping(EarlyStopping::Exhausted);
+/// for weight in [0.0, 1.0] {
+///     let generation = model
+///         .generate("Once upon a time,")
+///         .with(Regularised::new(Regulariser::Greedy, weight)?)
+///         .with(MinLength::new(28, model.eos().to_vec())?)
+///         .search(beams)
+///         .max_new_tokens(28)
+///         .run()?;
+///     println!("{weight}:{}", generation.text());
+/// }
+/// // 0: in a land far, far away, there was a kingdom called Eridus. Eridus was ruled by a king named Aeth
+/// // 1: there was a small town nestled in the heart of a bustling city. The town was called Ravenscroft, and it was
+/// //    famous for
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Regularised {
     regulariser: Regulariser,

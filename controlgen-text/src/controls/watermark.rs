@@ -25,6 +25,26 @@ use super::scores;
 /// have no green ones. A wider context leaks less of the key, and is destroyed by an edit of any of its tokens.
 ///
 /// *Cost*: a hash and an addition for each token of `[B, V]`, on the CPU.
+///
+/// ```no_run
+/// use controlgen_core::{Placement, Result};
+/// use controlgen_text::TextModel;
+/// use controlgen_text::controls::{TopP, Watermark, WatermarkDetector};
+///
+/// # fn main() -> Result<()> {
+/// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+/// let watermark = Watermark::new(0xC0FFEE, 0.25, 2.0)?;
+/// let generate = || model.generate("The best thing about the sea is").eos([]).max_new_tokens(60).sample(3);
+/// let marked = generate().with(watermark).with(TopP::new(0.9)?).run()?;
+/// let plain = generate().with(TopP::new(0.9)?).run()?;
+/// for generation in [plain, marked] {
+///     println!("{:?}", WatermarkDetector::new(watermark).detect(&generation.completions[0].ids)?);
+/// }
+/// // Detection { tokens: 58, green: 19, z: 1.364576478442026, p_value: 0.08619310089443014 }
+/// // Detection { tokens: 48, green: 25, z: 4.333333333333333, p_value: 7.34342383689469e-6 }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Watermark {
     key: u64,

@@ -66,12 +66,38 @@ impl<F: Fn(&str, &[Arc<str>]) -> f64 + Send + Sync + 'static> Feature for F {
 /// they depend on ([`Feature::key`]). For a last word not met before, features that cannot list their words
 /// ([`Feature::beginning_with`]: length, syllables) are asked for every token that may go on with it: about a
 /// millisecond for 49k tokens, and so is a closure, at every step.
+///
+/// ```no_run
+/// use controlgen_core::{Placement, Result};
+/// use controlgen_text::TextModel;
+/// use controlgen_text::controls::Features;
+/// use controlgen_text::controls::features::{Alliteration, Repetition, WordList};
+/// use controlgen_text::search::{BeamSearch, EarlyStopping};
+/// use controlgen_text::words::TokenTrie;
+///
+/// # fn main() -> Result<()> {
+/// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+/// let features = Features::new(&TokenTrie::new(model.tokenizer())?)
+///     .with(6.0, WordList::new(["waves", "salt", "gulls", "sails", "storm"])?)?
+///     .with(-3.0, Repetition::new().except(["the", "a", "of", "and", "to", "is"]))?
+///     .with(3.0, Alliteration)?;
+/// let beams = BeamSearch::new(5)?.length_penalty(0.0)?.early_stopping(EarlyStopping::Exhausted);
+/// let generate = || model.generate("The best thing about the sea is").search(beams).max_new_tokens(24);
+/// println!("{}\n{}", generate().run()?.text(), generate().with(features).run()?.text());
+/// // that it's a place where people can come together and share their love for the ocean.
+/// // that there's still so much to see. Storm sails through the waves, waves wash away the salt. Storm sails through
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 pub struct Features {
     vocabulary: Arc<Vocabulary>,
-    features: Arc<Vec<(f64, Box<dyn Feature>)>>,
+    features: Arc<Vec<Weighted>>,
     kept: Arc<Mutex<Kept>>,
 }
+
+/// A feature with its weight α.
+type Weighted = (f64, Box<dyn Feature>);
 
 /// Values that are kept.
 #[derive(Default)]
@@ -139,7 +165,7 @@ impl Features {
         // What stands before a word that the next token begins. A character that is cut off is none of a word.
         let ended = text.ended();
         let inside = !text.word.is_empty() && text.pending.is_empty();
-        let keyed = |feature: &(f64, Box<dyn Feature>)| feature.1.key(&ended.before).is_some();
+        let keyed = |feature: &Weighted| feature.1.key(&ended.before).is_some();
         let begun = self.begun(&ended.before, &keyed)?;
         let mut out = if inside { begun.outside.clone() } else { begun.all.clone() };
         for feature in self.features.iter().filter(|feature| !keyed(feature)) {
@@ -177,11 +203,7 @@ impl Features {
     }
 
     /// What keyed features give to words that a token begins.
-    fn begun(
-        &self,
-        before: &[Arc<str>],
-        keyed: &dyn Fn(&(f64, Box<dyn Feature>)) -> bool,
-    ) -> Result<Arc<Begun>> {
+    fn begun(&self, before: &[Arc<str>], keyed: &dyn Fn(&Weighted) -> bool) -> Result<Arc<Begun>> {
         let keys: Vec<u64> =
             self.features.iter().map(|(_, feature)| feature.key(before).unwrap_or(u64::MAX)).collect();
         if let Some(found) = self.kept.lock().unwrap_or_else(PoisonError::into_inner).begun.get(&keys) {
@@ -217,10 +239,10 @@ impl Features {
         let Text { word, before, .. } = text;
         let keys: Option<Vec<u64>> = self.features.iter().map(|(_, feature)| feature.key(before)).collect();
         let key = keys.map(|keys| (word.clone(), keys));
-        if let Some(key) = &key {
-            if let Some(found) = self.kept.lock().unwrap_or_else(PoisonError::into_inner).continued.get(key) {
-                return Ok(found.clone());
-            }
+        if let Some(key) = &key
+            && let Some(found) = self.kept.lock().unwrap_or_else(PoisonError::into_inner).continued.get(key)
+        {
+            return Ok(found.clone());
         }
         let vocabulary = &*self.vocabulary;
         let base = self.worth(word, before)?;
@@ -262,7 +284,7 @@ impl Features {
 }
 
 /// α f of a word.
-fn worth((weight, feature): &(f64, Box<dyn Feature>), word: &str, before: &[Arc<str>]) -> Result<f64> {
+fn worth((weight, feature): &Weighted, word: &str, before: &[Arc<str>]) -> Result<f64> {
     let value = feature.value(word, before);
     if value.is_finite() {
         return Ok(weight * value);
