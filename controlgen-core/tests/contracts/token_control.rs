@@ -185,10 +185,8 @@ impl TokenControl for Counts {
         let only = logits.f_full_like(f64::NEG_INFINITY)?;
         for (row, last) in (0..).zip(state.iter()) {
             let token = (last + 1) % 5;
-            let _ = only
-                .f_get(row)?
-                .f_narrow(0, token, 1)?
-                .f_copy_(&logits.f_get(row)?.f_narrow(0, token, 1)?)?;
+            let kept = logits.f_get(row)?.f_narrow(0, token, 1)?;
+            only.f_get(row)?.f_narrow(0, token, 1)?.f_copy_(&kept)?;
         }
         Ok(only)
     }

@@ -2,7 +2,8 @@
 //!
 //! Where each row's next token is forced ([`TokenControl::forced`]), the search takes it; the model reads all tokens so
 //! taken in one pass, once a choice is to be made. Text and distribution are what they are token by token, since a
-//! forced token has probability 1 under the controls; log-probabilities under the model come with that pass.
+//! forced token has probability 1 under the controls; log-probabilities under the model come with that pass. (A pass
+//! over several tokens rounds otherwise than one after the other: in bf16, now and then, another token is drawn.)
 //!
 //! The rows of a batch go in step: a token is taken without the model where *all* of them have it forced.
 

@@ -16,15 +16,15 @@ use controlgen_text::grammar::{Grammar, GrammarControl};
 use controlgen_text::tokenizer::Tokenizer;
 
 /// An ordinary token that ends sequences here, beside the tokenizer's own.
-pub const EOS: i64 = 300;
+const EOS: i64 = 300;
 
-pub fn tokenizer(name: &str) -> Tokenizer {
+fn tokenizer(name: &str) -> Tokenizer {
     Tokenizer::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer").join(name))
         .unwrap()
 }
 
 /// A table over a tokenizer, with more logits than it has tokens.
-pub fn model_of(name: &str) -> TextModel {
+fn model_of(name: &str) -> TextModel {
     let tokenizer = tokenizer(name);
     let vocab = tokenizer.vocab_size() + 7;
     let config = TableLmConfig {
@@ -38,10 +38,10 @@ pub fn model_of(name: &str) -> TextModel {
     TextModel::new(Box::new(TableLm::new(&config).unwrap()), tokenizer).unwrap()
 }
 
-pub fn model() -> TextModel {
+fn model() -> TextModel {
     model_of("byte_level")
 }
 
-pub fn compiled(model: &TextModel, grammar: &Grammar) -> GrammarControl {
+fn compiled(model: &TextModel, grammar: &Grammar) -> GrammarControl {
     GrammarControl::new(grammar, &model.vocabulary().unwrap()).unwrap()
 }
