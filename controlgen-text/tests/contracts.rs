@@ -77,6 +77,7 @@ fn token_controls() {
             worth.with(0.3, |word: &str, before: &[Arc<str>]| (word.len() * before.len()) as f64)
         });
     control("features", &worth.unwrap());
+    control("noise", &GumbelNoise::new(3, 0.8).unwrap());
     let stack = TokenControls::new()
         .with(RepetitionPenalty::new(1.3).unwrap())
         .with(NoRepeatNgram::new(2).unwrap())

@@ -243,7 +243,7 @@ fn first_layers_are_a_smaller_model() {
         let layers = fields[field].as_u64().unwrap() as usize;
         fields.insert(field.into(), 1.into());
         let config = models::Config::from_fields("config.json", fields);
-        let source = controlgen_core::checkpoint::Safetensors::open(&folder(name)).unwrap();
+        let source = controlgen_core::checkpoint::Safetensors::open(folder(name)).unwrap();
         let weights = controlgen_core::checkpoint::Weights::new(&source, Placement::CPU.options());
         let expected: Box<dyn LanguageModel> = if name.starts_with("gpt2") {
             Box::new(models::Gpt2::load(&config, &weights, Placement::CPU).unwrap())

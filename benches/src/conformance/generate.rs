@@ -30,9 +30,8 @@ pub fn run(arguments: &[String]) -> Result<()> {
         } else {
             model.generate_ids(ids.iter().cloned())
         };
-        // A seed means nothing to greedy search, and does not make it draw.
-        let generate = if config.do_sample { generate.sample(seed) } else { generate };
-        print(&generate.config(&config).run()?)?;
+        // Whether anything is drawn is for the configuration to say.
+        print(&generate.sample(seed).config(&config).run()?)?;
     }
     Ok(())
 }
@@ -41,7 +40,13 @@ fn print(done: &Generation) -> Result<()> {
     let sequences: Vec<_> = done
         .completions
         .iter()
-        .map(|c| json!({ "ids": c.ids, "text": c.text, "logprobs": c.logprobs, "score": c.score }))
+        .map(|c| {
+            let mut line = json!({ "ids": c.ids, "text": c.text, "logprobs": c.logprobs, "score": c.score });
+            if !c.unmet.is_empty() {
+                line["unmet"] = json!(c.unmet); // clauses, by number
+            }
+            line
+        })
         .collect();
     let line = json!({
         "sequences": sequences,

@@ -249,3 +249,35 @@ fn the_context_ends_a_completion() {
         assert_eq!(ids(&sequences(&line)[0]).len(), 63);
     }
 }
+
+/// Constraints of the configuration hold of what is written, and what cannot hold is told.
+#[test]
+fn constraints_are_read_from_the_configuration() {
+    let model = with_tokenizer("llama_gqa_tied");
+    let ends =
+        ids(&sequences(&generate(model.path(), &json!({ "max_new_tokens": 1 }), &["--prompt", "z"]))[0]);
+    let base = json!({ "max_new_tokens": 6, "eos_token_id": ends });
+    let text = |more: Value| {
+        let mut config = base.clone();
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let line = generate(model.path(), &config, &["--prompt", "de A", "--seed", "3"]);
+        sequences(&line)[0].clone()
+    };
+    let matched = text(json!({ "method": "sample", "regex": "[BCD]{2}[ab]" }));
+    let bytes = matched["text"].as_str().unwrap().as_bytes();
+    assert!(
+        bytes.len() == 3 && bytes[..2].iter().all(|b| b"BCD".contains(b)) && b"ab".contains(&bytes[2]),
+        "{matched}"
+    );
+    for method in ["beam", "neurologic", "grid_beam", "smc"] {
+        let said = text(json!({ "method": method, "clauses": [["b"], ["!C", "b"]], "clause_reward": 3.0 }));
+        assert!(
+            said["text"].as_str().unwrap().split(' ').any(|word| word.eq_ignore_ascii_case("b")),
+            "{method}: {said}"
+        );
+        assert!(said["unmet"].is_null());
+    }
+    let many: Vec<Value> = (b'b'..=b'h').map(|letter| json!([char::from(letter).to_string()])).collect();
+    let short = text(json!({ "method": "neurologic", "num_beams": 4, "clauses": many }));
+    assert!(!short["unmet"].as_array().unwrap().is_empty(), "{short}");
+}

@@ -18,7 +18,7 @@ use crate::words::Edges;
 ///   takes: the last words are begun early, and the text has as many tokens to come back to itself after each.
 ///
 /// A text that ends, by length for one, while a clause does not hold has a log-weight of −∞: searches that rank or
-/// resample drop it. What cannot be reached within the length is not enforced; [`Clauses::unmet_after`] then tells what
+/// resample drop it. A length leaves out of the target the texts that come too late with their words. What cannot be reached within the length is not enforced; [`Clauses::unmet_after`] then tells what
 /// is missing.
 ///
 /// With a [`reward`](Self::reward) of λ nats the score of each token also has λ (φ(x₁ … xₜ) − φ(x₁ … xₜ₋₁)), where φ

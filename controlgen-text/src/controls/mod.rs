@@ -33,6 +33,7 @@
 //! | [`Features`] | adds what words are worth: word lists, lexicons, repetition, alliteration, length, syllables | potential |
 //! | [`Watermark`] | raises tokens that a key and the tokens before pick | potential |
 //! | [`ForcedPrefix`] | bans all but the given first tokens | potential |
+//! | [`GumbelNoise`] | adds noise, so that a search for the best is a draw | proposal |
 //! | [`LexicalConstraints`] | bans what loses clauses over words and phrases, and leads to them | potential |
 //!
 //! What transformers' processors of the same names give is what these give, on rows of any history. Where several
@@ -78,6 +79,7 @@ mod eta_cutoff;
 pub mod features;
 mod forced_prefix;
 mod frequency_presence;
+mod gumbel_noise;
 mod lexical_constraints;
 mod logit_bias;
 mod mass;
@@ -101,6 +103,7 @@ pub use eta_cutoff::EtaCutoff;
 pub use features::Features;
 pub use forced_prefix::ForcedPrefix;
 pub use frequency_presence::FrequencyPresence;
+pub use gumbel_noise::GumbelNoise;
 pub use lexical_constraints::LexicalConstraints;
 pub use logit_bias::LogitBias;
 pub use min_length::MinLength;

@@ -22,6 +22,8 @@
 //! # Ok::<(), controlgen_core::Error>(())
 //! ```
 //!
+//! They are enforced by a control under any search ([`LexicalConstraints`](crate::controls::LexicalConstraints)), and
+//! sought by beams ([`NeuroLogic`](crate::search::NeuroLogic), [`GridBeamSearch`](crate::search::GridBeamSearch)).
 
 mod clauses;
 mod consistent;

@@ -44,11 +44,13 @@ pub struct BestOf {
     scorer: Scorer,
 }
 
+type Function = dyn Fn(&Hypothesis) -> Result<f64> + Send + Sync;
+
 #[derive(Clone)]
 enum Scorer {
     MeanLogProb,
     Energy(Energy<Text>),
-    Function(Arc<dyn Fn(&Hypothesis) -> Result<f64> + Send + Sync>),
+    Function(Arc<Function>),
 }
 
 impl BestOf {

@@ -34,10 +34,10 @@ use crate::sample;
 /// ```no_run
 /// # fn main() -> controlgen_core::Result<()> {
 /// use controlgen_core::Placement;
-/// use controlgen_text::{TextModel, search::Contrastive};
+/// use controlgen_text::{TextModel, search::ContrastiveSearch};
 ///
 /// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
-/// let done = model.generate("The old library").search(Contrastive::new(0.6, 4)?).max_new_tokens(32).run()?;
+/// let done = model.generate("The old library").search(ContrastiveSearch::new(0.6, 4)?).max_new_tokens(32).run()?;
 /// // ". I'm going to take a walk through the archives, see what I can find. (pauses to examine a crate of
 /// // ancient artifacts) Ah,", where greedy search says
 /// // ", a place where the past is preserved, where the past is lived in.\n\nThe old library was a place where the

@@ -71,7 +71,7 @@ impl LookAhead {
             let input = next.f_unsqueeze(1)?;
             let output = sight.task.lm.forward(LmInput::ids(&input).last(), &mut state, &pass)?;
             let logprobs = super::next_logits(&output.logits)?.f_log_softmax(-1, Kind::Float)?; // (R, V)
-            self.look(clauses, &mut rows, all, &logprobs)?;
+            look(clauses, &mut rows, all, &logprobs)?;
             if step + 1 < steps {
                 next = logprobs.f_argmax(-1, false)?;
                 for (row, token) in rows.iter_mut().zip(Vec::<i64>::try_from(&next)?) {
@@ -86,34 +86,28 @@ impl LookAhead {
         }
         Ok(())
     }
+}
 
-    /// Notes how likely the tokens are that lead to words.
-    fn look(
-        &self,
-        clauses: &ClausesOf,
-        rows: &mut [Row],
-        all: &[Vec<Choice>],
-        logprobs: &Tensor,
-    ) -> Result<()> {
-        let vocab = logprobs.size()[1];
-        let (mut cells, mut counts) = (Vec::new(), Vec::with_capacity(rows.len()));
-        for (i, row) in (0i64..).zip(rows.iter()) {
-            let memo = &all[row.of.0][row.of.1].pick.memo;
-            let leads = clauses.get(memo.prompt)?.leads(&row.progress, memo.held);
-            counts.push(leads.len());
-            cells.extend(leads.into_iter().map(|token| i * vocab + token));
-        }
-        if cells.is_empty() {
-            return Ok(());
-        }
-        let cells = Tensor::f_from_slice(&cells)?.f_to_device(logprobs.device())?;
-        let found = to_vec(&logprobs.f_take(&cells)?)?;
-        let mut found = found.as_slice();
-        for (row, count) in rows.iter_mut().zip(counts) {
-            let (own, rest) = found.split_at(count);
-            row.best = own.iter().fold(row.best, |best, &logprob| best.max(logprob.into()));
-            found = rest;
-        }
-        Ok(())
+/// Notes how likely the tokens are that lead to words.
+fn look(clauses: &ClausesOf, rows: &mut [Row], all: &[Vec<Choice>], logprobs: &Tensor) -> Result<()> {
+    let vocab = logprobs.size()[1];
+    let (mut cells, mut counts) = (Vec::new(), Vec::with_capacity(rows.len()));
+    for (i, row) in (0i64..).zip(rows.iter()) {
+        let memo = &all[row.of.0][row.of.1].pick.memo;
+        let leads = clauses.get(memo.prompt)?.leads(&row.progress, memo.held);
+        counts.push(leads.len());
+        cells.extend(leads.into_iter().map(|token| i * vocab + token));
     }
+    if cells.is_empty() {
+        return Ok(());
+    }
+    let cells = Tensor::f_from_slice(&cells)?.f_to_device(logprobs.device())?;
+    let found = to_vec(&logprobs.f_take(&cells)?)?;
+    let mut found = found.as_slice();
+    for (row, count) in rows.iter_mut().zip(counts) {
+        let (own, rest) = found.split_at(count);
+        row.best = own.iter().fold(row.best, |best, &logprob| best.max(logprob.into()));
+        found = rest;
+    }
+    Ok(())
 }

@@ -40,6 +40,31 @@ use crate::lexical::ClausesOf;
 /// With [`look_ahead`](Self::look_ahead): Lu et al., "NeuroLogic A*esque Decoding: Constrained Text Generation with
 /// Lookahead Heuristics" (NAACL 2022), section 3.
 ///
+/// ```no_run
+/// use controlgen_core::{Placement, Result};
+/// use controlgen_text::TextModel;
+/// use controlgen_text::lexical::{Clause, Clauses};
+/// use controlgen_text::search::{BeamSearch, NeuroLogic};
+/// use controlgen_text::words::TokenTrie;
+///
+/// fn main() -> Result<()> {
+///     let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+///     let clauses = Clauses::new(&TokenTrie::new(model.tokenizer())?, [
+///         Clause::any(["dog", "dogs"]),
+///         Clause::any(["frisbee", "frisbees"]),
+///         Clause::any(["catch", "catches", "caught", "catching"]),
+///         Clause::any(["throw", "throws", "threw", "thrown", "throwing"]),
+///     ])?;
+///     let search = NeuroLogic::new(BeamSearch::new(20)?, clauses);
+///     let generation = model.generate("Once upon a time").search(search).max_new_tokens(32).run()?;
+///     println!("{}", generation.text());
+///     // , I had a dog named Max. He was always throwing frisbees into the air, and I had to catch him multiple times to
+///     // keep up with the
+///     assert!(generation.completions[0].unmet.is_empty());
+///     Ok(())
+/// }
+/// ```
+///
 /// *Cost*: that of beam search, and for each hypothesis a few tokens more to look at, some six a word; measured by
 /// `neurologic-step` in the repository's benches.
 #[derive(Clone, Debug)]

@@ -274,9 +274,9 @@ impl Writer<'_> {
 
     /// The next token, of scores `[1, V]`: the draft's at `at`, if it is kept.
     fn choose(&mut self, scores: &Tensor, drafted: &Drafted, at: usize) -> Result<i64> {
-        let Some(stream) = &mut self.stream else { return first(sample::greedy(scores)?) };
+        let Some(stream) = &mut self.stream else { return first(&sample::greedy(scores)?) };
         let (Some(&token), Some(log_q)) = (drafted.tokens.get(at), drafted.log_q.get(at)) else {
-            return first(sample::categorical(scores, &[stream.uniform()])?);
+            return first(&sample::categorical(scores, &[stream.uniform()])?);
         };
         let p = sample::log_prob_of(scores, &[token])?.iter().sum::<f64>().exp();
         let q = log_q.f_double_value(&[0, token])?.exp();
@@ -284,7 +284,7 @@ impl Writer<'_> {
             return Ok(token);
         }
         let rest = scores.f_softmax(-1, Kind::Double)?.f_sub(&log_q.f_exp()?)?.f_clamp_min(0.0)?; // (1, V)
-        first(sample::categorical(&rest.f_log()?.f_to_kind(Kind::Float)?, &[stream.uniform()])?)
+        first(&sample::categorical(&rest.f_log()?.f_to_kind(Kind::Float)?, &[stream.uniform()])?)
     }
 
     /// Adds a token; whether the text goes on.
@@ -331,6 +331,6 @@ impl Writer<'_> {
 }
 
 /// The one token of one row.
-fn first(tokens: Vec<i64>) -> Result<i64> {
+fn first(tokens: &[i64]) -> Result<i64> {
     tokens.first().copied().ok_or_else(|| Error::value("rows of the scores", 1, 0))
 }

@@ -4,6 +4,7 @@
 mod bad_input;
 mod formula;
 mod mask;
+mod noise;
 mod searches;
 
 use controlgen_core::testing::{TableLm, TableLmConfig};

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use controlgen_core::testing::{chi_square, contract};
 use controlgen_core::{Pass, TokenControl, TokenControls};
 use controlgen_text::controls::LexicalConstraints;
-use controlgen_text::search::{BeamSearch, Choice, Finish, Hypothesis, Search, Task};
+use controlgen_text::search::{BeamSearch, Choice, Finish, Hypothesis, Search, Smc, Task};
 
 use super::*;
 
@@ -156,6 +156,52 @@ fn rewards_telescope() {
         }
         let positive = formula.iter().flatten().any(|literal| matches!(literal, Least(..)));
         assert!(!positive || rewarded > 10, "{formula:?}: {rewarded} texts had a reward");
+    }
+}
+
+/// Sequential Monte Carlo samples the model given the clauses, with rewards as without: Z is the probability that they
+/// hold, and each token begins a text as often as it does among all texts for which they hold.
+#[test]
+fn smc_samples_the_model_given_the_clauses() {
+    const N: usize = 8_000;
+    for (i, formula) in formulas().iter().enumerate() {
+        let (lm, clauses, prompts) = (table(100 + i as u64), clauses(formula), [PROMPT.to_vec()]);
+        let vocab = TOKENS.len();
+        let (mut z, mut begins) = (0.0, vec![0.0; vocab]);
+        for (ids, log_p) in lm.enumerate_after(&PROMPT, 4).unwrap() {
+            if unmet(formula, &text(&PROMPT), &text(&ids)).is_empty() {
+                z += log_p.exp();
+                begins[ids[0] as usize] += log_p.exp();
+            }
+        }
+        for reward in [0.0, 2.5] {
+            let control = LexicalConstraints::new(&clauses, [EOS]).unwrap().reward(reward).unwrap();
+            let controls = TokenControls::new().with(control);
+            let task = Task {
+                lm: &lm,
+                prompts: &prompts,
+                controls: &controls,
+                pass: Pass::default(),
+                max_new_tokens: 4,
+                eos: &[EOS],
+                n: 1,
+            };
+            let found = Smc::new(N, 3).unwrap().particles(&task, &mut ()).unwrap().remove(0);
+            let at = format!("{formula:?}, reward {reward}");
+            // As few particles as this say what holds, where nothing leads them.
+            let few = N as f64 * z;
+            let error = (found.log_normaliser - z.ln()).abs();
+            assert!(error < 5.0 / few.sqrt(), "{at}: {}, {}", found.log_normaliser, z.ln());
+            let mut estimate = vec![0.0; vocab];
+            for (hypothesis, log_weight) in found.hypotheses.iter().zip(&found.log_weights) {
+                estimate[said(hypothesis)[0] as usize] += log_weight.exp();
+            }
+            for (token, (estimate, p)) in estimate.iter().zip(&begins).enumerate() {
+                let p = p / z;
+                let bound = 5.0 * (p * (1.0 - p) / few).sqrt() + 1.0 / few;
+                assert!((estimate - p).abs() < bound, "{at}, token {token}: {estimate}, {p}, within {bound}");
+            }
+        }
     }
 }
 

@@ -28,7 +28,8 @@ fn the_best_samples_are_given() {
         Ok(-fives.sum_dim_intlist(&[1i64][..], false, Kind::Double))
     });
     let best_of = || BestOf::new(9, 4).unwrap();
-    let ways: [(BestOf, &dyn Fn(&Hypothesis) -> f64); 3] =
+    type Way<'a> = (BestOf, &'a dyn Fn(&Hypothesis) -> f64);
+    let ways: [Way<'_>; 3] =
         [(best_of(), &mean), (best_of().by_energy(energy), &fives), (best_of().by(|h| Ok(fives(h))), &fives)];
     for (search, score) in ways {
         let mut told = Told::new(3);

@@ -165,6 +165,8 @@ fn without_weights_it_is_another_distribution() {
     assert!((seen + unseen) / 2.0 > 0.3);
 }
 
+type Function = Box<dyn Fn(&[i64]) -> f64>;
+
 /// Few particles, many runs: the mean of Ẑ · Σ w f is Σ γ f, for f that look at all parts of a text. A bias of the order
 /// 1/N, which a single large run hides, would show.
 #[test]
@@ -173,7 +175,7 @@ fn estimates_have_no_bias() {
     const RUNS: u64 = 1500;
     for case in cases(&lm) {
         for on_prefixes in [false, true] {
-            let mut of: Vec<(String, Box<dyn Fn(&[i64]) -> f64>)> = vec![("1".into(), Box::new(|_| 1.0))];
+            let mut of: Vec<(String, Function)> = vec![("1".into(), Box::new(|_| 1.0))];
             for token in 0..5 {
                 of.push((format!("first = {token}"), Box::new(move |x| f64::from(x[0] == token))));
                 of.push((format!("last = {token}"), Box::new(move |x| f64::from(x.last() == Some(&token)))));

@@ -95,7 +95,8 @@ fn a_draft_model_leaves_the_distribution() {
     };
     let odd =
         TokenControls::new().with(Suppress::new([2]).unwrap()).with(controlgen_core::PerRow(OnlySecond));
-    let cases: [(&str, TokenControls, TokenControls, &dyn Fn(&[i64], &mut [f64])); 4] = [
+    type Case<'a> = (&'a str, TokenControls, TokenControls, &'a dyn Fn(&[i64], &mut [f64]));
+    let cases: [Case<'_>; 4] = [
         ("nothing", TokenControls::new(), TokenControls::new(), &none),
         ("a temperature", TokenControls::new().with(hot), TokenControls::new(), &tail),
         ("a temperature on both", TokenControls::new().with(hot), TokenControls::new().with(hot), &tail),
