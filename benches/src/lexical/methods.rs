@@ -66,6 +66,13 @@ pub const METHODS: &[Method] = &[
         blind: true,
         make: |job, generate| Ok(generate.search(BeamSearch::new(job.beams)?)),
     },
+    Method {
+        name: "grid_beam",
+        blind: false,
+        make: |job, generate| {
+            Ok(generate.search(GridBeamSearch::new(BeamSearch::new(job.beams)?, job.clauses()?)))
+        },
+    },
     Method { name: "neurologic", blind: false, make: |job, generate| Ok(generate.search(job.neurologic()?)) },
     Method {
         name: "neurologic_look_ahead",
