@@ -1,9 +1,9 @@
 //! The methods of the table: a name, and what it makes of a generation.
 
 use controlgen_core::Result;
-use controlgen_text::controls::{LexicalConstraints, TopP};
+use controlgen_text::controls::{LexicalConstraints, Temperature, TopP};
 use controlgen_text::lexical::{Clauses, Literal};
-use controlgen_text::search::{BeamSearch, NeuroLogic, Smc};
+use controlgen_text::search::{BeamSearch, GridBeamSearch, NeuroLogic, Smc};
 use controlgen_text::words::TokenTrie;
 use controlgen_text::{Generate, TextModel};
 
@@ -66,6 +66,13 @@ pub const METHODS: &[Method] = &[
         blind: true,
         make: |job, generate| Ok(generate.search(BeamSearch::new(job.beams)?)),
     },
+    Method {
+        name: "grid_beam",
+        blind: false,
+        make: |job, generate| {
+            Ok(generate.search(GridBeamSearch::new(BeamSearch::new(job.beams)?, job.clauses()?)))
+        },
+    },
     Method { name: "neurologic", blind: false, make: |job, generate| Ok(generate.search(job.neurologic()?)) },
     Method {
         name: "neurologic_look_ahead",
@@ -83,7 +90,8 @@ pub const METHODS: &[Method] = &[
         name: "smc",
         blind: false,
         make: |job, generate| {
-            let generate = generate.with(job.constraints()?.reward(4.0)?).with(TopP::new(0.9)?);
+            let generate = generate.with(job.constraints()?.reward(4.0)?);
+            let generate = generate.with(Temperature::new(0.6)?).with(TopP::new(0.9)?);
             Ok(generate.n(job.beams).search(Smc::new(job.beams, job.seed)?))
         },
     },

@@ -6,6 +6,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use controlgen_core::{Error, Result};
+use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use super::sets;
@@ -49,7 +50,7 @@ impl Records {
         let mut options = OpenOptions::new();
         let mut file = options.read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
         // Two runs would write the same texts.
-        file.try_lock()
+        flock(&file, FlockOperation::NonBlockingLockExclusive)
             .map_err(|_| Error::value("--out", "a file that no other run writes", path.display()))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(io)?;
