@@ -243,8 +243,9 @@ NUMBER: /[1-9][0-9]{0,2}/
         "All users older than thirty, in SQL: ",
         r#"start: "SELECT " columns " FROM " TABLE (" WHERE " condition)? ";"
 columns: "*" | COLUMN (", " COLUMN)~0..2
-condition: comparison ((" AND " | " OR ") comparison)~0..2
-comparison: COLUMN " " OPERATOR " " value | "(" condition ")" | "NOT " comparison
+condition: clause ((" AND " | " OR ") clause)~0..2
+clause: "NOT "? comparison | "(" comparison ((" AND " | " OR ") comparison)~1..2 ")"
+comparison: COLUMN " " OPERATOR " " value
 value: /[0-9]{1,4}/ | "'" /[a-z ]{1,12}/ "'"
 TABLE: "users" | "orders"
 COLUMN: "id" | "name" | "age" | "price"
@@ -316,16 +317,24 @@ mod queries {
     }
 
     fn condition(text: &str) -> Option<&str> {
-        Some(repeated(comparison(text)?, 2, |text| comparison(one_of(text, &[" AND ", " OR "])?)))
+        Some(repeated(clause(text)?, 2, |text| clause(joined(text)?)))
+    }
+
+    fn clause(text: &str) -> Option<&str> {
+        match text.strip_prefix('(') {
+            Some(text) => {
+                let text = comparison(joined(comparison(text)?)?)?;
+                repeated(text, 1, |text| comparison(joined(text)?)).strip_prefix(')')
+            }
+            None => comparison(text.strip_prefix("NOT ").unwrap_or(text)),
+        }
+    }
+
+    fn joined(text: &str) -> Option<&str> {
+        one_of(text, &[" AND ", " OR "])
     }
 
     fn comparison(text: &str) -> Option<&str> {
-        if let Some(text) = text.strip_prefix('(') {
-            return condition(text)?.strip_prefix(')');
-        }
-        if let Some(text) = text.strip_prefix("NOT ") {
-            return comparison(text);
-        }
         let text = one_of(column(text)?.strip_prefix(' ')?, &["= ", "< ", "> ", "<= "])?;
         match text.strip_prefix('\'') {
             Some(text) => some(text, 12, |c| c.is_ascii_lowercase() || c == ' ')?.strip_prefix('\''),
