@@ -1,7 +1,7 @@
 //! The methods of the table: a name, and what it makes of a generation.
 
 use controlgen_core::Result;
-use controlgen_text::controls::{LexicalConstraints, Temperature, TopP};
+use controlgen_text::controls::{GumbelNoise, LexicalConstraints, Temperature, TopP};
 use controlgen_text::lexical::{Clauses, Literal};
 use controlgen_text::search::{BeamSearch, GridBeamSearch, NeuroLogic, Smc};
 use controlgen_text::words::TokenTrie;
@@ -84,6 +84,15 @@ pub const METHODS: &[Method] = &[
         name: "neurologic_mask",
         blind: false,
         make: |job, generate| Ok(generate.with(job.constraints()?).search(job.neurologic()?)),
+    },
+    // The same with the variety of sampling: each text has noise of its own.
+    Method {
+        name: "neurologic_noise",
+        blind: false,
+        make: |job, generate| {
+            let noise = GumbelNoise::new(job.seed, 0.5)?;
+            Ok(generate.with(noise).with(job.constraints()?).search(job.neurologic()?))
+        },
     },
     // Led to the words by a reward; the likeliest of the particles.
     Method {
