@@ -70,7 +70,7 @@ fn masks(c: &mut Criterion) -> Result<()> {
             state.reorder(&vec![0; usize::try_from(batch).unwrap_or(1)])?;
             let plain = Tensor::f_zeros([batch, tokenizer.vocab_size()], (Kind::Float, Device::Cpu))?;
             let plain = || plain.f_detach_copy().map_err(Error::from);
-            control.score(&mut state, plain()?)?;
+            let _ = control.score(&mut state, plain()?)?;
             group.bench_function(BenchmarkId::new(place, batch), |b| {
                 b.iter_batched(plain, |logits| control.score(&mut state, logits?), BatchSize::SmallInput);
             });

@@ -1,5 +1,5 @@
 //! What a configuration asks for is what the builder makes, search by search and control by control.
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::needless_pass_by_value)] // `json!` is written where it is used
 
 use std::path::Path;
 

@@ -51,7 +51,7 @@ fn coverage_wants_whole_words() {
         ("ice and cream", 0),
         ("", 0),
     ] {
-        let found = coverage(&[text], &[pets.clone()]).unwrap();
+        let found = coverage(&[text], std::slice::from_ref(&pets)).unwrap();
         assert_eq!(found.count, f64::from(count), "{text}");
         assert_eq!(found.percent, if count == 3 { 100.0 } else { 0.0 }, "{text}");
         assert_eq!(pets.iter().filter(|concept| concept.is_in(text)).count(), count as usize);
