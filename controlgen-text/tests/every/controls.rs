@@ -5,7 +5,7 @@ use controlgen_text::controls::features::{
     Alliteration, Features, Monosyllabic, Repetition, WordLength, WordList,
 };
 use controlgen_text::controls::{
-    BannedWords, EpsilonCutoff, EtaCutoff, ForcedPrefix, FrequencyPresence, LexicalConstraints, LogitBias,
+    BannedWords, EpsilonCutoff, EtaCutoff, ForcedPrefix, FrequencyPresence, GumbelNoise, LexicalConstraints, LogitBias,
     MinLength, MinP, NoRepeatNgram, Regularised, Regulariser, RepetitionPenalty, Suppress, Temperature, TopK,
     TopP, Typical, Watermark,
 };
@@ -98,6 +98,7 @@ pub fn all(model: &TextModel) -> Vec<Case> {
         case("regulariser: max", regularised(Regulariser::Max)),
         case("regulariser: squared", regularised(Regulariser::Squared)),
         case("features", features),
+        case("Gumbel noise", GumbelNoise::new(3, 0.5).unwrap()),
         case("watermark", Watermark::new(7, 0.4, 2.0).unwrap()),
         promising("clauses", constraints, move |_, c| {
             let unmet = clauses.unmet(&c.text);
