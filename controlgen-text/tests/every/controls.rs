@@ -5,9 +5,9 @@ use controlgen_text::controls::features::{
     Alliteration, Features, Monosyllabic, Repetition, WordLength, WordList,
 };
 use controlgen_text::controls::{
-    BannedWords, EpsilonCutoff, EtaCutoff, ForcedPrefix, FrequencyPresence, GumbelNoise, LexicalConstraints, LogitBias,
-    MinLength, MinP, NoRepeatNgram, Regularised, Regulariser, RepetitionPenalty, Suppress, Temperature, TopK,
-    TopP, Typical, Watermark,
+    BannedWords, EpsilonCutoff, EtaCutoff, ForcedPrefix, FrequencyPresence, GumbelNoise, LexicalConstraints,
+    LogitBias, MinLength, MinP, NoRepeatNgram, Regularised, Regulariser, RepetitionPenalty, Suppress,
+    Temperature, TopK, TopP, Typical, Watermark,
 };
 use controlgen_text::grammar::{Grammar, GrammarControl, Vocabulary};
 use controlgen_text::lexical::{Clause, Clauses};
