@@ -32,6 +32,9 @@ pub enum Whitespace {
 /// `exclusiveMinimum`, `exclusiveMaximum`, `multipleOf`, `allOf`, `anyOf`, `oneOf` whose options exclude each other, and
 /// `$ref` within the document. Annotations (`title`, `description`, …, `x-…`) have no effect; all else is refused,
 /// not ignored.
+///
+/// The digits of a number, and the characters of a string without `maxLength`, are as many as the model says: at high
+/// temperatures a text may be cut off within one.
 #[derive(Clone, Debug)]
 pub struct JsonGrammar {
     schema: Value,
