@@ -13,7 +13,6 @@ use std::time::Instant;
 
 use controlgen_core::{Error, Placement, Result};
 use controlgen_text::evaluation::{Concept, Judge};
-use controlgen_text::words::TokenTrie;
 use controlgen_text::{Completion, TextModel};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -49,7 +48,7 @@ pub fn run(arguments: impl Iterator<Item = String>) -> Result<()> {
         .collect();
     if !wanted.is_empty() {
         let model = TextModel::open(&options.model, Placement::CPU)?;
-        let trie = TokenTrie::new(model.tokenizer())?;
+        let trie = model.token_trie()?;
         let judge = Judge::new(&model);
         let bar = progress(wanted.len());
         for (method, set) in wanted {

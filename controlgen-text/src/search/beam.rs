@@ -128,6 +128,6 @@ impl BeamSearch {
 /// More completions than beams are refused; [`Error::AllBanned`] names the prompt of which no hypothesis is left.
 impl Search for BeamSearch {
     fn run(&self, task: &Task<'_>, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
-        run(task, &Plan { beams: *self, groups: 1, diversity_penalty: 0.0 }, &ByScore, listener)
+        run(task, &Plan::ungrouped(*self), &ByScore, listener)
     }
 }

@@ -70,7 +70,7 @@ impl GridBeamSearch {
 impl Search for GridBeamSearch {
     fn run(&self, task: &Task<'_>, listener: &mut dyn Listener) -> Result<Vec<Hypothesis>> {
         self.clauses.check(task.prompts.len())?;
-        run(task, &Plan { beams: self.beams, groups: 1, diversity_penalty: 0.0 }, self, listener)
+        run(task, &Plan::ungrouped(self.beams), self, listener)
     }
 }
 

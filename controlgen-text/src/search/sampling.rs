@@ -42,17 +42,8 @@ fn sampling(task: &Task<'_>, choice: Choice, listener: &mut dyn Listener) -> Res
     let mut live = Live::start(task)?;
 
     let pairs = || (0..task.prompts.len()).flat_map(|prompt| (0..task.n).map(move |sample| (prompt, sample)));
-    let mut hypotheses: Vec<Hypothesis> = pairs()
-        .map(|(prompt, sample)| Hypothesis {
-            prompt,
-            sample,
-            ids: Vec::new(),
-            logprobs: Vec::new(),
-            score: 0.0,
-            finish: Finish::Length,
-            unmet: Vec::new(),
-        })
-        .collect();
+    let mut hypotheses: Vec<Hypothesis> =
+        pairs().map(|(prompt, sample)| Hypothesis::empty(prompt, sample)).collect();
     let mut streams: Vec<Option<Stream>> = pairs()
         .map(|(_, sample)| match choice {
             Choice::Greedy => None,

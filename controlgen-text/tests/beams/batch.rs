@@ -1,15 +1,15 @@
 //! Prompts together and alone; rows, lanes and listeners that follow their beams.
 
-use controlgen_core::progress::Flow;
 use controlgen_core::{
     At, Binding, Control, Controls, Lanes, LanguageModel, Pass, Placement, Result, Rows, SiteKind, SiteMap,
     TokenControls,
 };
 use controlgen_text::controls::{NoRepeatNgram, RepetitionPenalty};
 use controlgen_text::models;
-use controlgen_text::search::{After, BeamSearch, Chosen, EarlyStopping, Finish, Hypothesis, Listener, Task};
+use controlgen_text::search::{BeamSearch, EarlyStopping, Finish, Hypothesis, Task};
 use tch::Tensor;
 
+use crate::told::Told;
 use crate::{EOS, Search, folder, said, table, task};
 
 fn stack() -> TokenControls {
@@ -111,31 +111,6 @@ fn lanes_follow_their_beams() {
     }
 }
 
-/// Knows what each row has said by what it was told alone; ends texts that say `stop`, and the run at a step.
-struct Told {
-    rows: Vec<Vec<i64>>,
-    stop: Vec<i64>,
-    steps: usize,
-    cancel_at: usize,
-}
-
-impl Listener for Told {
-    fn token(&mut self, chosen: Chosen<'_>) -> Result<After> {
-        let said = &mut self.rows[chosen.row];
-        said.push(chosen.token);
-        assert_eq!(*said, chosen.so_far.ids, "a row is told of all its tokens and of no other");
-        Ok(if said.ends_with(&self.stop) { After::Finish } else { After::Continue })
-    }
-    fn reorder(&mut self, rows: &[i64]) -> Result<()> {
-        self.rows.reorder(rows)
-    }
-    fn step(&mut self, tokens: u64) -> Flow {
-        assert!(tokens > 0);
-        self.steps += 1;
-        if self.steps == self.cancel_at { Flow::Stop } else { Flow::Continue }
-    }
-}
-
 /// To stop at a sequence is to end at it as at an end token; but that it counts as said.
 #[test]
 fn what_a_listener_ends_is_finished() {
@@ -144,7 +119,7 @@ fn what_a_listener_ends_is_finished() {
         let lm = table(7, seed);
         for search in searches() {
             let run = |eos: &[i64], stop: Vec<i64>| {
-                let mut told = Told { rows: vec![Vec::new(); 3], stop, steps: 0, cancel_at: 0 };
+                let mut told = Told { stop, ..Told::new(3) };
                 let task = Task { max_new_tokens: 8, eos, n: 4, ..task(&lm, &prompts, &controls) };
                 search.run(&task, &mut told).unwrap()
             };
@@ -167,7 +142,7 @@ fn what_a_listener_ends_is_finished() {
 fn what_there_is_when_cancelled_is_given() {
     let (lm, none, prompts) = (table(7, 1), TokenControls::new(), [vec![0, 3], vec![0]]);
     for search in searches() {
-        let mut told = Told { rows: vec![Vec::new(); 2], stop: vec![-1], steps: 0, cancel_at: 3 };
+        let mut told = Told { cancel_at: 3, ..Told::new(2) };
         let task = Task { max_new_tokens: 8, eos: &[], n: 4, ..task(&lm, &prompts, &none) };
         let cancelled = search.run(&task, &mut told).unwrap();
         let short = search.run(&Task { max_new_tokens: 3, ..task }, &mut ()).unwrap();

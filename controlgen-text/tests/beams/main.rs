@@ -6,6 +6,8 @@ mod batch;
 mod exact;
 mod reference;
 mod texts;
+#[path = "../common/told.rs"]
+mod told;
 
 use std::path::{Path, PathBuf};
 

@@ -7,6 +7,8 @@ mod mask;
 mod noise;
 mod searches;
 
+use std::collections::HashMap;
+
 use controlgen_core::testing::{TableLm, TableLmConfig};
 use controlgen_text::lexical::{Clause, Clauses, Literal};
 use controlgen_text::words::TokenTrie;
@@ -48,6 +50,23 @@ fn made(clause: &[Lit]) -> Clause {
         }
         .unwrap())
     })
+}
+
+/// How often each text came that is expected five times or more among `n`, and its probability; what is rarer is together
+/// the first. What was counted is taken out of `counts`.
+fn binned(counts: &mut HashMap<Vec<i64>, u64>, expected: &[(Vec<i64>, f64)], n: u64) -> (Vec<u64>, Vec<f64>) {
+    let (mut observed, mut probabilities) = (vec![0], vec![0.0]);
+    for (ids, log_p) in expected {
+        let (count, p) = (counts.remove(ids).unwrap_or(0), log_p.exp());
+        if p * (n as f64) < 5.0 {
+            observed[0] += count;
+            probabilities[0] += p;
+        } else {
+            observed.push(count);
+            probabilities.push(p);
+        }
+    }
+    (observed, probabilities)
 }
 
 fn text(ids: &[i64]) -> String {

@@ -69,17 +69,7 @@ fn the_mask_draws_the_stated_distribution() {
             assert_eq!(hypothesis.score.is_finite(), met, "{hypothesis:?}");
             *counts.entry(said(&hypothesis)).or_default() += 1;
         }
-        let (mut observed, mut probabilities) = (vec![0], vec![0.0]);
-        for (ids, log_p) in &expected {
-            let (count, p) = (counts.remove(ids).unwrap_or(0), log_p.exp());
-            if p * (N as f64) < 5.0 {
-                observed[0] += count;
-                probabilities[0] += p;
-            } else {
-                observed.push(count);
-                probabilities.push(p);
-            }
-        }
+        let (mut observed, mut probabilities) = binned(&mut counts, &expected, N as u64);
         assert!(counts.is_empty(), "{formula:?} drew what is banned: {counts:?}");
         if probabilities[0] * (N as f64) < 5.0 {
             let (count, p) = (observed.remove(0), probabilities.remove(0));

@@ -42,17 +42,7 @@ fn greedy_search_under_noise_samples() {
         for seed in 0..N {
             *counts.entry(run(&lm, seed, temperature, &Choice::Greedy)).or_default() += 1;
         }
-        let (mut observed, mut probabilities) = (vec![0], vec![0.0]);
-        for (ids, log_p) in &expected {
-            let (count, p) = (counts.remove(ids).unwrap_or(0), log_p.exp());
-            if p * (N as f64) < 5.0 {
-                observed[0] += count;
-                probabilities[0] += p;
-            } else {
-                observed.push(count);
-                probabilities.push(p);
-            }
-        }
+        let (observed, probabilities) = binned(&mut counts, &expected, N);
         assert!(counts.is_empty(), "{counts:?}");
         let p = chi_square(&observed, &probabilities).unwrap();
         assert!(p > 0.001, "temperature {temperature}: p = {p}");

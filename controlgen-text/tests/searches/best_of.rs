@@ -6,7 +6,7 @@ use controlgen_text::controls::{NoRepeatNgram, Suppress};
 use controlgen_text::search::{BestOf, Choice, Finish, Hypothesis, Search, Task};
 use tch::{Kind, Tensor};
 
-use crate::listeners::Told;
+use crate::told::Told;
 use crate::{PROMPT, all, p_value, said, table, task};
 
 fn fives(hypothesis: &Hypothesis) -> f64 {

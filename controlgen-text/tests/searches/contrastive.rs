@@ -10,7 +10,7 @@ use controlgen_text::models;
 use controlgen_text::search::{Choice, ContrastiveSearch, Finish, Hypothesis, Search, Task};
 use tch::Tensor;
 
-use crate::listeners::Told;
+use crate::told::Told;
 use crate::{EOS, folder, said, table, task};
 
 fn search(penalty_alpha: f64, top_k: usize) -> ContrastiveSearch {

@@ -3,10 +3,11 @@
 
 mod best_of;
 mod contrastive;
-mod listeners;
 mod smc;
 mod speculative;
 mod stochastic_beam;
+#[path = "../common/told.rs"]
+mod told;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

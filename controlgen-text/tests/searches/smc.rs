@@ -10,7 +10,7 @@ use controlgen_text::controls::{LogitBias, NoRepeatNgram, Suppress, Temperature,
 use controlgen_text::search::{Choice, Finish, Particles, Search, Smc, Task};
 use tch::{Kind, Tensor};
 
-use crate::listeners::Told;
+use crate::told::Told;
 use crate::{Corners, EOS, LENGTH, PROMPT, all, cornered, corners, fours, p_value, said, table, task};
 
 /// What is to be sampled, with its name and γ of every continuation.

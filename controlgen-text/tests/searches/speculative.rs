@@ -10,7 +10,7 @@ use controlgen_text::models;
 use controlgen_text::search::{Choice, Finish, Hypothesis, Search, Speculative, Task};
 use tch::Tensor;
 
-use crate::listeners::Told;
+use crate::told::Told;
 use crate::{EOS, PROMPT, all, cornered, folder, p_value, said, table, task};
 
 const SAMPLE: Choice = Choice::Sample { seed: 3, first: 2 };

@@ -7,7 +7,7 @@ use controlgen_core::{Error, LanguageModel, TokenControls};
 use controlgen_text::controls::{NoRepeatNgram, RepetitionPenalty, Suppress, Temperature};
 use controlgen_text::search::{Drawn, Finish, Search, StochasticBeamSearch, Task};
 
-use crate::listeners::Told;
+use crate::told::Told;
 use crate::{EOS, LENGTH, PROMPT, all, cornered, p_value, said, table, task};
 
 fn draw(

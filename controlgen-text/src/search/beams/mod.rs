@@ -30,6 +30,11 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    /// One group a prompt.
+    pub(super) fn ungrouped(beams: BeamSearch) -> Self {
+        Self { beams, groups: 1, diversity_penalty: 0.0 }
+    }
+
     fn validate(&self, task: &Task<'_>) -> Result<()> {
         task.validate()?;
         let all = self.beams.num_beams.saturating_mul(self.groups);

@@ -30,15 +30,7 @@ pub(in crate::search) struct Beam<M> {
 impl<M> Beams<M> {
     /// Nothing said yet, in this row.
     pub(in crate::search) fn new(prompt: usize, row: usize, memo: M) -> Self {
-        let so_far = Hypothesis {
-            prompt,
-            sample: 0,
-            ids: Vec::new(),
-            logprobs: Vec::new(),
-            score: 0.0,
-            finish: Finish::Length,
-            unmet: Vec::new(),
-        };
+        let so_far = Hypothesis::empty(prompt, 0);
         Self { prompt, running: vec![Beam { row, so_far, memo }], finished: Vec::new(), over: false }
     }
 

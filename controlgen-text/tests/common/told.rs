@@ -1,4 +1,4 @@
-//! Listeners that check what they are told.
+//! A listener that checks what it is told.
 
 use controlgen_core::progress::Flow;
 use controlgen_core::{Result, Rows};
