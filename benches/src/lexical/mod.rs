@@ -11,7 +11,7 @@ use std::io::IsTerminal;
 use std::path::Path;
 use std::time::Instant;
 
-use controlgen_core::{Error, Placement, Result};
+use controlgen_core::{Error, Placement, Result, kind};
 use controlgen_text::evaluation::{Concept, Judge};
 use controlgen_text::{Completion, TextModel};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -38,6 +38,7 @@ pub fn run(arguments: impl Iterator<Item = String>) -> Result<()> {
         model: model_name(&options.model),
         beams: options.beams,
         seed: options.seed,
+        dtype: options.dtype.clone(),
     };
     let mut records = Records::open(&options.out, &settings)?;
     let wanted: Vec<(&Method, usize)> = options
@@ -47,9 +48,13 @@ pub fn run(arguments: impl Iterator<Item = String>) -> Result<()> {
         .filter(|(method, set)| records.find(method.name, &sets[*set]).is_none())
         .collect();
     if !wanted.is_empty() {
-        let model = TextModel::open(&options.model, Placement::CPU)?;
+        let placement = Placement::CPU.with_kind(kind(&options.dtype)?);
+        let model = TextModel::open(&options.model, placement)?;
         let trie = model.token_trie()?;
-        let judge = Judge::new(&model);
+        let judge = match placement {
+            Placement::CPU => Judge::new(&model),
+            _ => Judge::new(&TextModel::open(&options.model, Placement::CPU)?),
+        };
         let bar = progress(wanted.len());
         for (method, set) in wanted {
             bar.set_message(method.name);

@@ -9,10 +9,11 @@ use super::{METHODS, Method};
 /// What the command takes.
 pub const USAGE: &str = "\
 lexical-table [--methods NAME,NAME… | all] [--sets N] [--out RECORDS.jsonl] [--markdown TABLE.md] [--plot PLOT.svg]
-              [--prompt TEXT] [--tokens N] [--beams N] [--seed S] [--model DIRECTORY] [--concepts SETS.json]
+              [--prompt TEXT] [--tokens N] [--beams N] [--seed S] [--dtype f32|bf16] [--model DIRECTORY] [--concepts SETS.json]
     One text a concept set by each method, all after one prompt that does not hold the words; then the table of count,
     percent, perplexity and so on. Every text is appended to RECORDS.jsonl as it comes: what is there is not made again,
-    so a run that was ended goes on, and methods can be added. Other settings need another file.";
+    so a run that was ended goes on, and methods can be added. Other settings need another file. The judge is the same model
+    in f32, whatever the texts are made in.";
 
 /// What any words may follow, in connected text.
 const PROMPT: &str = "Once upon a time,";
@@ -27,6 +28,7 @@ pub struct Options {
     pub tokens: usize,
     pub beams: usize,
     pub seed: u64,
+    pub dtype: String,
     pub model: PathBuf,
     pub concepts: PathBuf,
 }
@@ -44,6 +46,7 @@ impl Options {
             tokens: 32,
             beams: 20,
             seed: 0,
+            dtype: "f32".into(),
             model: here.join("../.controlgen/models/smollm2-135m-instruct/hf"),
             concepts: here.join("data/concept_sets.json"),
         };
@@ -61,6 +64,7 @@ impl Options {
                 "--tokens" => options.tokens = number(&argument, &value()?)?,
                 "--beams" => options.beams = number(&argument, &value()?)?,
                 "--seed" => options.seed = number(&argument, &value()?)? as u64,
+                "--dtype" => options.dtype = value()?,
                 "--model" => options.model = value()?.into(),
                 "--concepts" => options.concepts = value()?.into(),
                 other => return Err(Error::value("argument", format!("one of\n{USAGE}"), other)),

@@ -19,6 +19,13 @@ pub struct Settings {
     pub model: String,
     pub beams: usize,
     pub seed: u64,
+    /// What the texts are made in; files of before it was a setting are of f32.
+    #[serde(default = "f32_by_default")]
+    pub dtype: String,
+}
+
+fn f32_by_default() -> String {
+    "f32".to_owned()
 }
 
 /// One text.
@@ -111,7 +118,14 @@ mod tests {
     use super::*;
 
     fn settings() -> Settings {
-        Settings { prompt: "p\n".into(), max_new_tokens: 3, model: "m".into(), beams: 2, seed: 7 }
+        Settings {
+            prompt: "p\n".into(),
+            max_new_tokens: 3,
+            model: "m".into(),
+            beams: 2,
+            seed: 7,
+            dtype: "f32".into(),
+        }
     }
 
     fn record(method: &str, word: &str) -> Record {

@@ -100,8 +100,13 @@ pub fn markdown(rows: &[Row], settings: &Settings) -> String {
         "\n`count`: mean number of a set's words that its text says; `percent`: texts that say all of them; `share`: mean \
          share of them. Whole words, inflections included. Perplexity: exp of the mean negative log-probability of a \
          token, over all texts, after the prompt, by {} in f32. All after the prompt {:?}, at most {} new tokens, {} beams \
-         or particles, seed {}.",
-        settings.model, settings.prompt, settings.max_new_tokens, settings.beams, settings.seed
+         or particles, seed {}, made in {}.",
+        settings.model,
+        settings.prompt,
+        settings.max_new_tokens,
+        settings.beams,
+        settings.seed,
+        settings.dtype
     );
     out
 }

@@ -86,7 +86,7 @@ pub(super) fn in_turn<G: Hash + Eq>(
     choices: Vec<Choice>,
     most: usize,
     of: impl Fn(&Memo) -> (usize, G),
-) -> Vec<Pick<Memo>> {
+) -> Vec<Choice> {
     let mut groups: HashMap<(G, bool), (usize, usize)> = HashMap::new();
     let mut banks: HashMap<usize, usize> = HashMap::new();
     let mut turns = Vec::with_capacity(choices.len());
@@ -103,5 +103,5 @@ pub(super) fn in_turn<G: Hash + Eq>(
     // Stable: else the order stays.
     turns.sort_by_key(|(turn, _)| *turn);
     turns.truncate(most);
-    turns.into_iter().map(|(_, choice)| choice.pick).collect()
+    turns.into_iter().map(|(_, choice)| choice).collect()
 }

@@ -93,7 +93,8 @@ impl Rule for GridBeamSearch {
             let lacking = |memo: &Memo| clauses.need(&memo.progress, 0).unwrap_or(usize::MAX);
             choices.sort_by(|a, b| b.rank.total_cmp(&a.rank));
             choices.sort_by_cached_key(|choice| lacking(&choice.pick.memo));
-            Ok(in_turn(choices, most, |memo| (0, lacking(memo))))
+            let choices = in_turn(choices, most, |memo| (0, lacking(memo)));
+            Ok(choices.into_iter().map(|choice| choice.pick).collect())
         };
         pools.into_iter().map(of_pool).collect()
     }

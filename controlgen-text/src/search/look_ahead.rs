@@ -37,11 +37,10 @@ impl LookAhead {
         Ok(Self { tokens, weight })
     }
 
-    /// Adds the heuristic to the rank of the best choices of each pool, two for each beam; the others are dropped.
+    /// Adds the heuristic to the rank of the choices of each pool.
     pub(super) fn rank(&self, sight: &Sight<'_>, clauses: &ClausesOf, all: &mut [Vec<Choice>]) -> Result<()> {
         let (mut rows, mut parents, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
-        for (pool, choices) in all.iter_mut().enumerate() {
-            choices.truncate(2 * sight.plan.beams.num_beams);
+        for (pool, choices) in all.iter().enumerate() {
             for (i, choice) in choices.iter().enumerate() {
                 let Choice { pick, row, .. } = choice;
                 if choice.ends || pick.memo.held == clauses.get(pick.memo.prompt)?.all() {

@@ -162,14 +162,17 @@ impl Rule for NeuroLogic {
             all.push(choices);
         }
         let best_first = |choices: &mut Vec<Choice>| choices.sort_by(|a, b| b.rank.total_cmp(&a.rank));
+        let turn = |memo: &Memo| (memo.held.len(), (memo.held, memo.begun));
+        let most = sight.plan.candidates(sight.task);
         all.iter_mut().for_each(best_first);
         if let Some(look_ahead) = &self.look_ahead {
+            // Of all groups: by rank alone, none that has just said a word would be among them.
+            all = all.into_iter().map(|choices| in_turn(choices, most, turn)).collect();
             look_ahead.rank(sight, &self.clauses, &mut all)?;
             all.iter_mut().for_each(best_first);
         }
-        let most = sight.plan.candidates(sight.task);
-        let turn = |memo: &Memo| (memo.held.len(), (memo.held, memo.begun));
-        Ok(all.into_iter().map(|choices| in_turn(choices, most, turn)).collect())
+        let picks = |choices| in_turn(choices, most, turn).into_iter().map(|choice| choice.pick).collect();
+        Ok(all.into_iter().map(picks).collect())
     }
 
     fn unmet(&self, memo: &Memo) -> Vec<usize> {

@@ -154,3 +154,25 @@ fn what_cannot_be_met_is_told() {
         assert_eq!(unmet(&formula, &text(&PROMPT), &text(&found[0].ids)), [1]);
     }
 }
+
+/// Whoever looks ahead must not first drop those that have just said a word, however unlikely it was.
+#[test]
+fn looking_ahead_meets_more_with_few_beams() {
+    let none = TokenControls::new();
+    let clauses = clauses(&[vec![Least(1, "a")], vec![Least(1, "b")]]);
+    let table = |seed| {
+        let vocab = TOKENS.len() as i64;
+        TableLm::new(&TableLmConfig { vocab, seed, scale: 4.0, ..TableLmConfig::default() }).unwrap()
+    };
+    // Ranked before they are grouped, 57 with three beams.
+    for (beams, least) in [(2, 50), (3, 59), (4, 60)] {
+        let neurologic = NeuroLogic::new(BeamSearch::new(beams).unwrap(), &clauses).gap(0);
+        let met = |search: &NeuroLogic| {
+            let met =
+                |&seed: &u64| run(&table(seed), &none, search, &[PROMPT.to_vec()], 1)[0].unmet.is_empty();
+            (0..60).filter(met).count()
+        };
+        let (plain, ahead) = (met(&neurologic), met(&neurologic.clone().look_ahead(2, 1.0).unwrap()));
+        assert!(ahead > plain && ahead >= least, "{beams} beams: {plain} of 60, {ahead} with look-ahead");
+    }
+}
