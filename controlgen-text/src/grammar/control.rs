@@ -10,6 +10,7 @@ use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{SimpleVob, TokenId};
 use tch::Tensor;
 
+use super::number::NumberAtEnd;
 use super::{Grammar, Vocabulary};
 use crate::controls::{ban_where, dims};
 
@@ -34,6 +35,7 @@ use crate::controls::{ban_where, dims};
 pub struct GrammarControl {
     matcher: Matcher,
     vocabulary: Vocabulary,
+    longest_number: Option<usize>,
     jump_forward: bool,
 }
 
@@ -60,7 +62,8 @@ impl GrammarControl {
         if !first.iter().any(|id| (id as usize) < vocabulary.size()) {
             return Err(wrong("no token of the vocabulary may come first"));
         }
-        Ok(Self { matcher, vocabulary: vocabulary.clone(), jump_forward: true })
+        let (vocabulary, longest_number) = (vocabulary.clone(), grammar.longest_number);
+        Ok(Self { matcher, vocabulary, longest_number, jump_forward: true })
     }
 
     /// Whether searches are told of tokens that must follow, so that they may take several before they ask the model
@@ -112,6 +115,7 @@ struct Row {
     whole: bool,
     /// Whether a token has ended it.
     ended: bool,
+    number: NumberAtEnd,
 }
 
 impl Rows for GrammarState {
@@ -142,7 +146,7 @@ impl TokenControl for GrammarControl {
         // The rows share a lexer, which other runs, on other threads, do not wait for.
         let mut matcher = self.matcher.deep_clone();
         let whole = matcher.is_accepting().map_err(failed)?;
-        let row = Row { matcher, whole, ended: false };
+        let row = Row { matcher, whole, ended: false, number: NumberAtEnd::default() };
         Ok(GrammarState { rows: vec![row; prompts.len()], banned: Vec::new() })
     }
 
@@ -163,6 +167,9 @@ impl TokenControl for GrammarControl {
         state.banned.resize(state.rows.len() * vocab, true);
         for (row, banned) in iter::zip(&mut state.rows, state.banned.chunks_exact_mut(vocab)) {
             row.mask(&self.vocabulary, &mut banned[..size])?;
+            if self.longest_number.is_some_and(|longest| row.number.length() >= longest) {
+                row.end_number(&self.vocabulary, &mut banned[..size]);
+            }
         }
         let banned = Tensor::f_from_slice(&state.banned)?.f_view_as(&logits)?.f_to_device(logits.device())?;
         ban_where(&mut logits, &banned)?;
@@ -206,6 +213,18 @@ impl Row {
         Ok(())
     }
 
+    /// Bans what would continue a number, if anything else is left.
+    fn end_number(&self, vocabulary: &Vocabulary, banned: &mut [bool]) {
+        let mut numeric = vocabulary.numeric().iter().peekable();
+        let others = (0u32..).zip(banned.iter()).any(|(id, banned)| {
+            let continues = numeric.next_if(|&&next| next == id).is_some();
+            !(continues || *banned)
+        });
+        if others {
+            vocabulary.numeric().iter().for_each(|&id| banned[id as usize] = true);
+        }
+    }
+
     /// The only token that `mask` would leave.
     fn forced(&mut self, vocabulary: &Vocabulary) -> Option<i64> {
         if self.ended || self.matcher.is_stopped() {
@@ -229,6 +248,7 @@ impl Row {
             .filter(|&id| (id as usize) < vocabulary.size())
             .ok_or_else(refused)?;
         self.matcher.consume_token(id).map_err(failed)?;
+        self.number.read(vocabulary.bytes(id));
         self.whole = self.matcher.is_accepting().map_err(failed)?;
         Ok(())
     }

@@ -33,14 +33,19 @@ pub enum Whitespace {
 /// `$ref` within the document. Annotations (`title`, `description`, …, `x-…`) have no effect; all else is refused,
 /// not ignored.
 ///
-/// The digits of a number, and the characters of a string without `maxLength`, are as many as the model says: at high
-/// temperatures a text may be cut off within one.
+/// A number ends after 32 characters ([`longest_number`](Self::longest_number)) where the schema lets it end. The
+/// characters of a string without `maxLength` are as many as the model says: at high temperatures a text may be cut off
+/// within one.
 #[derive(Clone, Debug)]
 pub struct JsonGrammar {
     schema: Value,
     whitespace: Whitespace,
     one_of_as_any_of: bool,
+    longest_number: usize,
 }
+
+/// Past what any f64 needs to be written.
+const LONGEST_NUMBER: usize = 32;
 
 impl JsonGrammar {
     /// The values that `schema` allows.
@@ -60,7 +65,20 @@ impl JsonGrammar {
             return Err(Error::unsupported(what, "the keywords that `JsonGrammar` lists"));
         }
         Grammar::sized("JSON Schema", schema.to_string().len())?;
-        Ok(Self { schema, whitespace: Whitespace::default(), one_of_as_any_of: false })
+        let (whitespace, one_of_as_any_of) = (Whitespace::default(), false);
+        Ok(Self { schema, whitespace, one_of_as_any_of, longest_number: LONGEST_NUMBER })
+    }
+
+    /// From how many characters on a number ends, unless the schema does not let it end there (`minimum`, `const`). 32,
+    /// unless said. Without a bound, digits run on.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for 0.
+    pub fn longest_number(self, longest_number: usize) -> Result<Self> {
+        if longest_number == 0 {
+            return Err(Error::value("characters of a number", "at least 1", 0));
+        }
+        Ok(Self { longest_number, ..self })
     }
 
     /// Where whitespace stands.
@@ -130,7 +148,8 @@ impl From<JsonGrammar> for Grammar {
             other => json!({ "allOf": [other] }),
         };
         options.apply_to(&mut schema);
-        Self { what: "JSON Schema", source: GrammarWithLexer::from_json_schema(schema) }
+        let source = GrammarWithLexer::from_json_schema(schema);
+        Self { longest_number: Some(json.longest_number), ..Self::of("JSON Schema", source) }
     }
 }
 

@@ -35,6 +35,7 @@
 
 mod control;
 mod json;
+mod number;
 mod vocabulary;
 
 use controlgen_core::{Error, Result};
@@ -51,6 +52,8 @@ pub struct Grammar {
     /// What it is, for errors.
     what: &'static str,
     source: GrammarWithLexer,
+    /// From how many characters on a JSON number ends, where it may.
+    longest_number: Option<usize>,
 }
 
 impl Grammar {
@@ -61,7 +64,7 @@ impl Grammar {
     /// [`Error::Value`] for one that is too long or nested too deep; [`GrammarControl::new`] finds what else is wrong.
     pub fn regex(regex: &str) -> Result<Self> {
         Self::text("regular expression", regex)?;
-        Ok(Self { what: "regular expression", source: GrammarWithLexer::from_regex(regex) })
+        Ok(Self::of("regular expression", GrammarWithLexer::from_regex(regex)))
     }
 
     /// The texts of a context-free grammar in Lark's syntax, as llguidance reads it: rules in lower case, terminals in
@@ -73,7 +76,7 @@ impl Grammar {
     /// [`Error::Value`] for one that is too long or nested too deep; [`GrammarControl::new`] finds what else is wrong.
     pub fn lark(grammar: &str) -> Result<Self> {
         Self::text("Lark grammar", grammar)?;
-        Ok(Self { what: "Lark grammar", source: GrammarWithLexer::from_lark(grammar.to_owned()) })
+        Ok(Self::of("Lark grammar", GrammarWithLexer::from_lark(grammar.to_owned())))
     }
 
     /// The JSON values that a schema (2020-12, or an older draft that `$schema` names) allows, written with one space
@@ -102,7 +105,11 @@ impl Grammar {
         }
         let lark = format!("start: CHOICE\nCHOICE: {}", literals.join(" | "));
         Self::sized("choices", lark.len())?;
-        Ok(Self { what: "choices", source: GrammarWithLexer::from_lark(lark) })
+        Ok(Self::of("choices", GrammarWithLexer::from_lark(lark)))
+    }
+
+    fn of(what: &'static str, source: GrammarWithLexer) -> Self {
+        Self { what, source, longest_number: None }
     }
 
     /// Refuses a source that is too much to read.

@@ -8,6 +8,7 @@ use llguidance::api::ParserLimits;
 use llguidance::earley::SlicedBiasComputer;
 use llguidance::toktrie::{InferenceCapabilities, TokEnv, TokRxInfo, TokTrie, TokenId, TokenizerEnv};
 
+use super::number;
 use crate::tokenizer::{Special, Tokenizer};
 
 /// The tokens of a tokenizer, as bytes, and those that end a text: what grammars are compiled for.
@@ -26,6 +27,8 @@ struct Shared {
     factory: ParserFactory,
     eos: Vec<i64>,
     size: usize,
+    /// The tokens that begin with what may continue a number.
+    numeric: Vec<u32>,
 }
 
 impl Vocabulary {
@@ -62,6 +65,8 @@ impl Vocabulary {
         ends.dedup();
         let ids: Vec<TokenId> = ends.iter().filter_map(|&id| u32::try_from(id).ok()).collect();
         let trie = TokTrie::from(&TokRxInfo::new(count + 1, ids[0]), &words).with_eos_tokens(&ids);
+        let continues = |&id: &u32| trie.token(id).first().is_some_and(|&byte| number::continues(byte));
+        let numeric = (0..count).filter(continues).collect();
         let env: TokEnv = Arc::new(Tokens { trie, tokenizer: tokenizer.handle(), unspellable: count });
         let caps = InferenceCapabilities { ff_tokens: true, ..InferenceCapabilities::default() };
         let mut factory =
@@ -72,7 +77,7 @@ impl Vocabulary {
         *factory.limits_mut() =
             ParserLimits { max_lexer_states: 50_000, verbose_errors: false, ..ParserLimits::default() };
         let size = usize::try_from(size).unwrap_or(0);
-        Ok(Self { shared: Arc::new(Shared { factory, eos: ends, size }) })
+        Ok(Self { shared: Arc::new(Shared { factory, eos: ends, size, numeric }) })
     }
 
     /// The tokens that end a text, in ascending order.
@@ -83,6 +88,16 @@ impl Vocabulary {
     /// One more than the tokenizer's highest id.
     pub(super) fn size(&self) -> usize {
         self.shared.size
+    }
+
+    /// The tokens that begin with what may continue a number, in ascending order.
+    pub(super) fn numeric(&self) -> &[u32] {
+        &self.shared.numeric
+    }
+
+    /// The text of a token that the tokenizer has.
+    pub(super) fn bytes(&self, id: u32) -> &[u8] {
+        self.shared.factory.tok_env().tok_trie().token(id)
     }
 
     pub(super) fn factory(&self) -> &ParserFactory {

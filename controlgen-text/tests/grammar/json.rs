@@ -1,5 +1,6 @@
 //! JSON: values of the schema, written as asked.
 
+use controlgen_text::controls::LogitBias;
 use controlgen_text::grammar::{Grammar, JsonGrammar, Whitespace};
 use serde_json::{Value, json};
 
@@ -107,4 +108,44 @@ fn numbers_and_booleans() {
         let huge = read.as_ref().is_err_and(|error| error.to_string().contains("out of range"));
         assert!(read.is_ok() || huge, "{}", completion.text);
     }
+}
+
+/// However much the model wants digits, a number ends; unless the schema wants more of them.
+#[test]
+fn numbers_end() {
+    let model = model();
+    let digits = (0..model.tokenizer().vocab_size()).filter(|&id| {
+        let bytes = model.tokenizer().token_bytes(id).unwrap_or_default();
+        !bytes.is_empty() && bytes.iter().all(u8::is_ascii_digit)
+    });
+    let eager = LogitBias::new(digits.map(|id| (id, 30.0))).unwrap();
+    let texts = |grammar: JsonGrammar, tokens| {
+        let generate = model.generate("a").grammar(&grammar.into()).with(eager.clone());
+        generate.sample(3).n(10).max_new_tokens(tokens).run().unwrap().completions
+    };
+    let list = json!({"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2});
+    let long = "7".repeat(50);
+    let exact: Value = serde_json::from_str(&format!(r#"{{"const": "{long}"}}"#)).unwrap();
+    for (longest, most) in [(1, 8), (12, 20), (32, 40)] {
+        let grammar = JsonGrammar::new(&list).unwrap().longest_number(longest).unwrap();
+        for completion in texts(grammar, 200) {
+            let numbers = serde_json::from_str::<Vec<Value>>(&completion.text).unwrap_or_default();
+            assert_eq!(numbers.len(), 2, "{}", completion.text);
+            let longest = completion.text.split(['[', ',', ']']).map(|number| number.trim().len()).max();
+            assert!(longest <= Some(most), "{longest:?}: {}", completion.text);
+        }
+        // A string of digits is no number, and what must be long is.
+        for text in texts(JsonGrammar::new(&exact).unwrap().longest_number(longest).unwrap(), 200) {
+            assert_eq!(text.text, format!("\"{long}\""));
+        }
+        let least = JsonGrammar::new(&json!({"type": "integer", "minimum": 1_000_000_000_000_000_i64}));
+        for completion in texts(least.unwrap().longest_number(longest).unwrap(), 200) {
+            assert!(
+                completion.text.len() >= 16 && completion.text.len() <= most.max(24),
+                "{}",
+                completion.text
+            );
+        }
+    }
+    assert!(JsonGrammar::new(&list).unwrap().longest_number(0).is_err());
 }
