@@ -17,11 +17,16 @@
 
 mod adafactor;
 mod adamw;
+mod checkpoint;
+mod config;
 mod ema;
 mod gradients;
+mod metrics;
 mod optimizer;
 mod order;
 mod parameters;
+mod report;
+mod saving;
 mod schedule;
 mod sgd;
 mod spikes;
@@ -30,12 +35,15 @@ mod trainer;
 
 pub use adafactor::{Adafactor, AdafactorConfig};
 pub use adamw::{AdamW, AdamWConfig};
+pub use checkpoint::Checkpoint;
+pub use config::{Best, TrainerConfig};
 pub use ema::{Ema, EmaConfig, EmaWarmup};
 pub use gradients::Gradients;
 pub use optimizer::Optimizer;
 pub use parameters::{Group, Parameter, Parameters};
+pub use report::{StepReport, Summary, Watch};
 pub use schedule::Schedule;
 pub use sgd::{Sgd, SgdConfig};
 pub use spikes::Spikes;
 pub use task::{Batch, Loss, Task};
-pub use trainer::{StepReport, Summary, Trainer, TrainerConfig, Watch};
+pub use trainer::Trainer;

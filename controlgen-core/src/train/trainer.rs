@@ -5,145 +5,11 @@ use std::time::{Duration, Instant};
 use tch::Tensor;
 
 use super::gradients::scalar;
-use super::order::{Order, steps_an_epoch};
-use super::{Batch, Ema, EmaConfig, Gradients, Optimizer, Schedule, Spikes, Task};
+use super::order::Order;
+use super::{Batch, Ema, Gradients, Optimizer, StepReport, Summary, Task, TrainerConfig, Watch};
 use crate::noise::Noise;
 use crate::progress::{CancelToken, Flow};
 use crate::{EnableGrad, Error, Result};
-
-/// Settings of a [`Trainer`].
-#[derive(Clone, Debug, PartialEq)]
-pub struct TrainerConfig {
-    /// How many steps the run has in all; see [`steps_an_epoch`](Self::steps_an_epoch).
-    pub steps: u64,
-    /// Examples of one forward pass; ≥ 1.
-    pub batch_size: usize,
-    /// Batches of one step, whose gradients are summed so that the step is that of one large batch; ≥ 1. Default 1.
-    pub accumulation: usize,
-    /// The learning rate.
-    pub schedule: Schedule,
-    /// The seed of the order of the examples, and of the random numbers of each batch. Default 0.
-    pub seed: u64,
-    /// Whether each epoch sees the examples in an order of its own. Default yes.
-    pub shuffle: bool,
-    /// Whether the last step of an epoch is left out if it has fewer examples. Default no.
-    pub drop_last: bool,
-    /// Bound on the norm of the gradients; see [`Gradients::clip_norm`]. Default none.
-    pub clip_norm: Option<f64>,
-    /// Bound on each number of the gradients, before that on the norm. Default none.
-    pub clip_value: Option<f64>,
-    /// What is done about spikes. Default nothing.
-    pub spikes: Option<Spikes>,
-    /// Averages of the parameters. Default none.
-    pub ema: Option<EmaConfig>,
-    /// Evaluation after each so many steps, and after the last. Default none.
-    pub evaluate_every: Option<u64>,
-}
-
-impl TrainerConfig {
-    /// With the defaults.
-    #[must_use]
-    pub fn new(steps: u64, batch_size: usize, schedule: Schedule) -> Self {
-        Self {
-            steps,
-            batch_size,
-            accumulation: 1,
-            schedule,
-            seed: 0,
-            shuffle: true,
-            drop_last: false,
-            clip_norm: None,
-            clip_value: None,
-            spikes: None,
-            ema: None,
-            evaluate_every: None,
-        }
-    }
-
-    /// How many steps an epoch of so many examples has.
-    #[must_use]
-    pub fn steps_an_epoch(&self, examples: usize) -> u64 {
-        steps_an_epoch(examples, self.batch_size.saturating_mul(self.accumulation), self.drop_last)
-    }
-
-    fn check(&self) -> Result<()> {
-        for (what, value) in [("batch size", self.batch_size), ("accumulation", self.accumulation)] {
-            if value == 0 {
-                return Err(Error::value(what, "≥ 1", value));
-            }
-        }
-        for (what, bound) in [("clip_norm", self.clip_norm), ("clip_value", self.clip_value)] {
-            if bound.is_some_and(|bound| bound.is_nan() || bound <= 0.0) {
-                return Err(Error::value(what, "a number > 0", bound.unwrap_or_default()));
-            }
-        }
-        if self.evaluate_every == Some(0) {
-            return Err(Error::value("evaluate_every", "≥ 1", 0));
-        }
-        self.spikes.as_ref().map_or(Ok(()), Spikes::check)
-    }
-}
-
-/// What a step was like.
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct StepReport {
-    /// Its number, counted from 0.
-    pub step: u64,
-    /// How many steps the run has.
-    pub steps: u64,
-    /// The epoch, counted from 0.
-    pub epoch: u64,
-    /// The mean loss over its examples.
-    pub loss: f64,
-    /// The norm of the gradients, before they were clipped.
-    pub gradient_norm: f64,
-    /// The learning rate.
-    pub learning_rate: f64,
-    /// Whether it was a spike, so that no parameter was moved.
-    pub skipped: bool,
-    /// The task's own measures, means over the examples.
-    pub metrics: Vec<(String, f64)>,
-    /// What an evaluation after this step gave.
-    pub evaluation: Option<Vec<(String, f64)>>,
-    /// Steps a second since this run began, or was resumed.
-    pub rate: f64,
-    /// The time that the steps left will take at this rate.
-    pub left: Duration,
-}
-
-/// Someone who is told of every step, and may stop the run. Every closure `FnMut(&StepReport) -> Flow` is one, and
-/// `()`, which watches nothing.
-pub trait Watch {
-    /// Called after each step.
-    fn step(&mut self, report: &StepReport) -> Flow;
-}
-
-impl<F: FnMut(&StepReport) -> Flow> Watch for F {
-    fn step(&mut self, report: &StepReport) -> Flow {
-        self(report)
-    }
-}
-
-impl Watch for () {
-    fn step(&mut self, _report: &StepReport) -> Flow {
-        Flow::Continue
-    }
-}
-
-/// How a run ended.
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct Summary {
-    /// Steps done in all, with those before the run was resumed.
-    pub steps: u64,
-    /// Whether all are done; otherwise it was stopped.
-    pub finished: bool,
-    /// Steps that were skipped as spikes.
-    pub skipped: u64,
-    /// The loss of the last step; NaN if there was none.
-    pub loss: f64,
-}
 
 /// Runs the steps of a task.
 ///
@@ -182,14 +48,17 @@ pub struct Summary {
 /// # }
 /// ```
 pub struct Trainer {
-    config: TrainerConfig,
-    optimizer: Box<dyn Optimizer>,
-    ema: Option<Ema>,
+    pub(super) config: TrainerConfig,
+    pub(super) optimizer: Box<dyn Optimizer>,
+    pub(super) ema: Option<Ema>,
     /// Steps done.
-    step: u64,
-    skipped: u64,
+    pub(super) step: u64,
+    pub(super) skipped: u64,
     /// The last losses and norms, for spikes.
-    last: [Vec<f64>; 2],
+    pub(super) last: [Vec<f64>; 2],
+    pub(super) best: Option<(u64, f64)>,
+    /// The step of the directory's last checkpoint, if this run wrote it or was resumed from it.
+    pub(super) saved: Option<u64>,
 }
 
 /// What the forward and backward passes of a step gave.
@@ -205,15 +74,25 @@ impl Trainer {
     /// # Errors
     /// [`Error::Value`] for settings outside their ranges.
     pub fn new(config: TrainerConfig, optimizer: impl Optimizer + 'static) -> Result<Self> {
+        Self::boxed(config, Box::new(optimizer))
+    }
+
+    /// The same of an optimizer whose type is not known.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn boxed(config: TrainerConfig, optimizer: Box<dyn Optimizer>) -> Result<Self> {
         config.check()?;
         let ema = config.ema.map(|ema| Ema::new(optimizer.parameters(), ema)).transpose()?;
         Ok(Self {
             config,
-            optimizer: Box::new(optimizer),
+            optimizer,
             ema,
             step: 0,
             skipped: 0,
             last: Default::default(),
+            best: None,
+            saved: None,
         })
     }
 
@@ -235,9 +114,11 @@ impl Trainer {
     /// Runs the steps that are left, or until it is stopped.
     ///
     /// # Errors
-    /// [`Error::Value`] for a task without examples, and when spikes stop the run; [`Error::NotFinite`], with the step,
-    /// for a loss or a norm of the gradients that is no number, in which case no parameter has been moved by it;
-    /// [`Error::Shape`] and [`Error::NotDifferentiable`] for a loss that is none; the task's own.
+    /// [`Error::Value`] for a task without examples, when spikes stop the run, and for a directory that holds the
+    /// checkpoint of a run that was not [resumed](Self::resume); [`Error::NotFinite`], with the step,
+    /// for a loss or a norm of the gradients that is no number: no parameter has been moved by it, and if there is a
+    /// checkpoint, this run stands at it again; [`Error::Io`] where nothing can be written, in which case the checkpoint
+    /// before is as it was; [`Error::Shape`] and [`Error::NotDifferentiable`] for a loss that is none; the task's own.
     pub fn run(
         &mut self,
         task: &mut dyn Task,
@@ -247,10 +128,15 @@ impl Trainer {
         let TrainerConfig { batch_size, accumulation, seed, shuffle, drop_last, steps, .. } = self.config;
         let a_step = batch_size.saturating_mul(accumulation);
         let mut order = Order::new(task.examples(), a_step, seed, shuffle, drop_last)?;
+        let mut metrics = self.metrics()?;
         let (began, first) = (Instant::now(), self.step);
         let mut loss = f64::NAN;
         while self.step < steps {
-            let mut report = self.one(task, &mut order)?;
+            let done = self.update(task, &mut order).and_then(|mut report| {
+                self.after(task, &mut report, &mut metrics)?;
+                Ok(report)
+            });
+            let mut report = done.map_err(|error| self.stopped(error))?;
             loss = report.loss;
             let seconds = began.elapsed().as_secs_f64();
             report.rate = if seconds > 0.0 { (self.step - first) as f64 / seconds } else { 0.0 };
@@ -261,46 +147,45 @@ impl Trainer {
                 break;
             }
         }
-        Ok(Summary { steps: self.step, finished: self.step >= steps, skipped: self.skipped, loss })
+        if self.config.directory.is_some() && self.saved != Some(self.step) {
+            self.save(task).map_err(|error| self.stopped(error))?;
+        }
+        let (finished, skipped, best) = (self.step >= steps, self.skipped, self.best);
+        Ok(Summary { steps: self.step, finished, skipped, loss, best })
     }
 
-    /// One step.
-    fn one(&mut self, task: &mut dyn Task, order: &mut Order) -> Result<StepReport> {
+    /// Forward, backward and update.
+    fn update(&mut self, task: &mut dyn Task, order: &mut Order) -> Result<StepReport> {
         let step = self.step;
         let (epoch, examples) = order.step(step);
         let Passes { loss, metrics, mut gradients } = self.passes(task, epoch, examples)?;
         if let Some(most) = self.config.clip_value {
             gradients.clip_value(most)?;
         }
-        let norm = gradients.norm()?;
-        finite("norm of the gradients", norm, step)?;
+        let gradient_norm = gradients.norm()?;
+        finite("norm of the gradients", gradient_norm, step)?;
         if let Some(most) = self.config.clip_norm {
-            gradients.clip_to(norm, most);
+            gradients.clip_to(gradient_norm, most);
         }
         let learning_rate = self.config.schedule.at(step);
-        let skipped = self.is_spike(loss, norm)?;
+        let skipped = self.is_spike(loss, gradient_norm)?;
         if !skipped {
             self.optimizer.step(&gradients, learning_rate)?;
             self.ema.as_mut().map_or(Ok(()), Ema::update)?;
         }
-        drop(gradients);
         self.step += 1;
-        let due = self.config.evaluate_every.is_some_and(|every| self.step.is_multiple_of(every));
-        let last = self.config.evaluate_every.is_some() && self.step == self.config.steps;
-        let evaluation = if due || last { Some(self.evaluate(task)?) } else { None };
-        let (rate, left, steps) = (0.0, Duration::MAX, self.config.steps);
         Ok(StepReport {
             step,
-            steps,
+            steps: self.config.steps,
             epoch,
             loss,
-            gradient_norm: norm,
+            gradient_norm,
             learning_rate,
             skipped,
             metrics,
-            evaluation,
-            rate,
-            left,
+            evaluation: None,
+            rate: 0.0,
+            left: Duration::MAX,
         })
     }
 
@@ -356,14 +241,6 @@ impl Trainer {
             return Err(Error::value(what, expected, format!("{value}, spike number {}", self.skipped)));
         }
         Ok(true)
-    }
-
-    fn evaluate(&mut self, task: &mut dyn Task) -> Result<Vec<(String, f64)>> {
-        let _no_gradients = tch::no_grad_guard();
-        match &mut self.ema {
-            Some(ema) => ema.with_averages(|| task.evaluate()),
-            None => task.evaluate(),
-        }
     }
 }
 

@@ -3,6 +3,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod interrupted;
 mod parameters;
 mod reference;
+mod toy;
 mod trainer;
