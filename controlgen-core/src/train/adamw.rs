@@ -6,6 +6,7 @@ use tch::Tensor;
 use super::optimizer::{Saved, check_step, count, decay, fraction, not_negative, scaled};
 use super::{Gradients, Optimizer, Parameter, Parameters};
 use crate::Result;
+use crate::sys::{AdamWUpdate, adamw};
 
 /// Settings of [`AdamW`]; the defaults are PyTorch's.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -33,7 +34,8 @@ impl Default for AdamWConfig {
 ///     m ← β₁ m + (1 − β₁) g,    v ← β₂ v + (1 − β₂) g²
 ///     p ← p − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
 ///
-/// t counts the gradients of a parameter, not the steps of the optimizer. State: twice the parameters.
+/// t counts the gradients of a parameter, not the steps of the optimizer. State: twice the parameters. A step is one pass
+/// over memory on the CPU, ten on other devices.
 pub struct AdamW {
     parameters: Parameters,
     config: AdamWConfig,
@@ -61,19 +63,42 @@ impl AdamW {
 }
 
 impl AdamWConfig {
-    fn update(&self, parameter: &Parameter, gradient: &Tensor, at: &mut Moments, rate: f64) -> Result<()> {
-        let (rate, mut value) = (rate * parameter.group.rate, parameter.value.shallow_clone());
-        let lambda = parameter.group.weight_decay.unwrap_or(self.weight_decay);
+    fn update(
+        &self,
+        parameter: &Parameter,
+        (gradient, scale): (&Tensor, f64),
+        at: &mut Moments,
+        rate: f64,
+    ) -> Result<()> {
+        let rate = rate * parameter.group.rate;
+        let mut pull = rate * parameter.group.weight_decay.unwrap_or(self.weight_decay);
+        if parameter.group.decay_touched_rows {
+            decay(parameter, gradient, std::mem::take(&mut pull))?;
+        }
         at.steps += 1;
-        decay(parameter, gradient, rate * lambda)?;
-        let _ = at.mean.f_lerp_(gradient, 1.0 - self.beta1)?;
-        let square = gradient.f_mul(gradient)?.f_mul_scalar_(1.0 - self.beta2)?;
-        let _ = at.square.f_mul_scalar_(self.beta2)?.f_add_(&square)?;
         let steps = at.steps as f64;
         let (short1, short2) = (1.0 - self.beta1.powf(steps), 1.0 - self.beta2.powf(steps));
-        let deviation =
-            at.square.f_sqrt()?.f_mul_scalar_(1.0 / short2.sqrt())?.f_add_scalar_(self.epsilon)?;
-        let _ = value.f_sub_(&at.mean.f_div(&deviation)?.f_mul_scalar_(rate / short1)?)?;
+        let (rate, correction) = (rate / short1, 1.0 / short2.sqrt());
+        let update = AdamWUpdate {
+            scale: scale as f32,
+            decay: (1.0 - pull) as f32,
+            new1: (1.0 - self.beta1) as f32,
+            kept2: self.beta2 as f32,
+            new2: (1.0 - self.beta2) as f32,
+            rate: rate as f32,
+            correction: correction as f32,
+            epsilon: self.epsilon as f32,
+        };
+        if adamw([&parameter.value, &at.mean, &at.square], gradient, &update)? {
+            return Ok(());
+        }
+        let (mut value, gradient) = (parameter.value.shallow_clone(), scaled(gradient, scale)?);
+        let _ = value.f_mul_scalar_(1.0 - pull)?;
+        let _ = at.mean.f_lerp_(&gradient, 1.0 - self.beta1)?;
+        let square = gradient.f_mul(&gradient)?.f_mul_scalar_(1.0 - self.beta2)?;
+        let _ = at.square.f_mul_scalar_(self.beta2)?.f_add_(&square)?;
+        let deviation = at.square.f_sqrt()?.f_mul_scalar_(correction)?.f_add_scalar_(self.epsilon)?;
+        let _ = value.f_sub_(&at.mean.f_div(&deviation)?.f_mul_scalar_(rate)?)?;
         Ok(())
     }
 }
@@ -87,12 +112,12 @@ impl Optimizer for AdamW {
         check_step(&self.parameters, gradients, learning_rate)?;
         let _no_gradients = tch::no_grad_guard();
         for (number, (parameter, moments)) in self.parameters.iter().zip(&mut self.moments).enumerate() {
-            let Some((gradient, scale)) = gradients.get(number) else { continue };
+            let Some(gradient) = gradients.get(number) else { continue };
             let at = match moments {
                 Some(at) => at,
                 None => moments.insert(Moments::zeros(parameter)?),
             };
-            self.config.update(parameter, &scaled(gradient, scale)?, at, learning_rate)?;
+            self.config.update(parameter, gradient, at, learning_rate)?;
         }
         Ok(())
     }

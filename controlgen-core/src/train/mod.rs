@@ -25,6 +25,8 @@ mod metrics;
 mod optimizer;
 mod order;
 mod parameters;
+#[cfg(feature = "plot")]
+mod plot;
 mod report;
 mod saving;
 mod schedule;
@@ -41,6 +43,8 @@ pub use ema::{Ema, EmaConfig, EmaWarmup};
 pub use gradients::Gradients;
 pub use optimizer::Optimizer;
 pub use parameters::{Group, Parameter, Parameters};
+#[cfg(feature = "plot")]
+pub use plot::plot;
 pub use report::{StepReport, Summary, Watch};
 pub use schedule::Schedule;
 pub use sgd::{Sgd, SgdConfig};

@@ -5,6 +5,7 @@ use tch::Tensor;
 
 use super::optimizer::{Saved, check_step, not_negative, scaled, touched};
 use super::{Gradients, Optimizer, Parameter, Parameters};
+use crate::sys::{SgdUpdate, sgd};
 use crate::{Error, Result};
 
 /// Settings of [`Sgd`]; the defaults are PyTorch's.
@@ -58,15 +59,38 @@ impl SgdConfig {
     fn update(
         &self,
         parameter: &Parameter,
-        gradient: Tensor,
+        (gradient, scale): (&Tensor, f64),
         momentum: &mut Option<Tensor>,
         rate: f64,
     ) -> Result<()> {
-        let (mut value, mut g) = (parameter.value.shallow_clone(), gradient);
+        let (mut value, rate) = (parameter.value.shallow_clone(), rate * parameter.group.rate);
         let lambda = parameter.group.weight_decay.unwrap_or(self.weight_decay);
+        let in_rows = parameter.group.decay_touched_rows && lambda != 0.0;
+        if self.momentum != 0.0 && !in_rows {
+            let first = momentum.is_none();
+            let buffer = match momentum {
+                Some(buffer) => buffer,
+                None => momentum.insert(value.f_zeros_like()?),
+            };
+            let update = SgdUpdate {
+                scale: scale as f32,
+                decay: lambda as f32,
+                kept: if first { 0.0 } else { self.momentum as f32 },
+                new: if first { 1.0 } else { (1.0 - self.dampening) as f32 },
+                nesterov: self.nesterov.then_some(self.momentum as f32),
+                rate: rate as f32,
+            };
+            if sgd([&value, buffer], gradient, &update)? {
+                return Ok(());
+            }
+            if first {
+                *momentum = None;
+            }
+        }
+        let mut g = scaled(gradient, scale)?;
         if lambda != 0.0 {
             let mut pull = value.f_mul_scalar(lambda)?;
-            if parameter.group.decay_touched_rows {
+            if in_rows {
                 let _ = pull.f_mul_(&touched(&g)?)?;
             }
             g = pull.f_add_(&g)?;
@@ -74,9 +98,8 @@ impl SgdConfig {
         if self.momentum != 0.0 {
             let buffer = match momentum {
                 Some(buffer) => {
-                    let _ = buffer
-                        .f_mul_scalar_(self.momentum)?
-                        .f_add_(&g.f_mul_scalar(1.0 - self.dampening)?)?;
+                    let new = g.f_mul_scalar(1.0 - self.dampening)?;
+                    let _ = buffer.f_mul_scalar_(self.momentum)?.f_add_(&new)?;
                     buffer
                 }
                 None => momentum.insert(copy_like(&value, &g)?),
@@ -87,7 +110,7 @@ impl SgdConfig {
                 buffer.shallow_clone()
             };
         }
-        let _ = value.f_sub_(&g.f_mul_scalar(rate * parameter.group.rate)?)?;
+        let _ = value.f_sub_(&g.f_mul_scalar(rate)?)?;
         Ok(())
     }
 }
@@ -108,8 +131,8 @@ impl Optimizer for Sgd {
         check_step(&self.parameters, gradients, learning_rate)?;
         let _no_gradients = tch::no_grad_guard();
         for (number, (parameter, momentum)) in self.parameters.iter().zip(&mut self.momentum).enumerate() {
-            let Some((gradient, scale)) = gradients.get(number) else { continue };
-            self.config.update(parameter, scaled(gradient, scale)?, momentum, learning_rate)?;
+            let Some(gradient) = gradients.get(number) else { continue };
+            self.config.update(parameter, gradient, momentum, learning_rate)?;
         }
         Ok(())
     }

@@ -347,3 +347,24 @@ fn a_directory_that_cannot_be_written_is_an_error() {
     let error = run(&mut trainer(&toy, "SGD", config(&file.join("below"))), &mut toy).unwrap_err();
     assert!(matches!(error, Error::Io { .. }), "{error}");
 }
+
+#[test]
+fn tables_are_drawn() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut toy = Toy::new();
+    run(&mut trainer(&toy, "SGD", config(directory.path())), &mut toy).unwrap();
+    let path = controlgen_core::train::plot(directory.path()).unwrap();
+    let svg = std::fs::read_to_string(path).unwrap();
+    assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
+    for name in ["loss", "gradient_norm", "learning_rate", "twice", "held_out"] {
+        assert!(svg.lines().any(|line| line.trim() == name), "{name}");
+    }
+    assert_eq!(svg.matches("#E6194B").count(), 4, "a line for each column of the training");
+    assert_eq!(svg.matches("<circle").count(), 8, "one dot an evaluation");
+    for wrong in ["step,loss\n0,x\n", "step,loss\n0,1,2\n"] {
+        std::fs::write(directory.path().join("train.csv"), wrong).unwrap();
+        assert!(matches!(controlgen_core::train::plot(directory.path()), Err(Error::Format { .. })));
+    }
+    std::fs::remove_file(directory.path().join("train.csv")).unwrap();
+    assert!(matches!(controlgen_core::train::plot(directory.path()), Err(Error::Io { .. })));
+}
