@@ -60,11 +60,13 @@ impl AdafactorConfig {
 /// transformers has it). Of a matrix, or more dimensions, only the means of the squared gradients' rows and columns are
 /// kept:
 ///
-///     u = g² + ε₁
-///     R ← β̂₂ R + (1 − β̂₂) mean_columns(u),    C ← β̂₂ C + (1 − β̂₂) mean_rows(u)
-///     U = g / √(R C / mean(R))                 (of a vector: V ← β̂₂ V + (1 − β̂₂) u, U = g / √V)
-///     U ← U / max(1, RMS(U) / d)
-///     p ← p − α U,    α = η · max(ε₂, RMS(p))  with `scale_parameter`, else η
+/// ```text
+/// u = g² + ε₁
+/// R ← β̂₂ R + (1 − β̂₂) mean_columns(u),    C ← β̂₂ C + (1 − β̂₂) mean_rows(u)
+/// U = g / √(R C / mean(R))                 (of a vector: V ← β̂₂ V + (1 − β̂₂) u, U = g / √V)
+/// U ← U / max(1, RMS(U) / d)
+/// p ← p − α U,    α = η · max(ε₂, RMS(p))  with `scale_parameter`, else η
+/// ```
 ///
 /// With β₁, α U is averaged: M ← β₁ M + (1 − β₁) α U, p ← p − M. Weight decay is decoupled: p ← p − α λ p before the
 /// update. State: a row and a column for a matrix.

@@ -30,9 +30,11 @@ impl Default for AdamWConfig {
 /// Adam with decoupled weight decay (Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2, as
 /// PyTorch has it: the decay is multiplied by the rate):
 ///
-///     p ← p − η λ p
-///     m ← β₁ m + (1 − β₁) g,    v ← β₂ v + (1 − β₂) g²
-///     p ← p − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
+/// ```text
+/// p ← p − η λ p
+/// m ← β₁ m + (1 − β₁) g,    v ← β₂ v + (1 − β₂) g²
+/// p ← p − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
+/// ```
 ///
 /// t counts the gradients of a parameter, not the steps of the optimizer. State: twice the parameters. A step is one pass
 /// over memory on the CPU, ten on other devices.

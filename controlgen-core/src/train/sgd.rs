@@ -24,9 +24,11 @@ pub struct SgdConfig {
 /// Stochastic gradient descent with momentum (Sutskever et al. 2013, "On the importance of initialization and momentum
 /// in deep learning", as PyTorch has it: the rate is outside the momentum):
 ///
-///     g ← g + λ p
-///     b ← μ b + (1 − δ) g            (b ← g at first)
-///     p ← p − η (g + μ b)  with Nesterov's momentum,  p ← p − η b  with momentum,  p ← p − η g  without
+/// ```text
+/// g ← g + λ p
+/// b ← μ b + (1 − δ) g            (b ← g at first)
+/// p ← p − η (g + μ b)  with Nesterov's momentum,  p ← p − η b  with momentum,  p ← p − η g  without
+/// ```
 ///
 /// State: with momentum as large as the parameters, without none.
 pub struct Sgd {

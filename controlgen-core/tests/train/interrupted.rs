@@ -42,7 +42,12 @@ fn child() {
         }
         _ => {}
     }
-    let mut trainer = trainer(&toy, &kind, config(Path::new(&directory)));
+    let mut config = config(Path::new(&directory));
+    if phase == "last" {
+        // The first checkpoint that it writes is then the last, and not the best.
+        config.best = None;
+    }
+    let mut trainer = trainer(&toy, &kind, config);
     trainer.resume(&toy).unwrap();
     let mut watch = |report: &StepReport| {
         if phase == "step" && report.step == at {
@@ -114,16 +119,21 @@ fn interrupted_at_every_phase(kind: &str) {
     same(whole.path(), parts.path(), kind);
 
     // While a checkpoint is being written: the system kills whoever writes a file of more than 4 or 8 kB.
-    let parts = tempfile::tempdir().unwrap();
-    assert_eq!(killed(&run(parts.path(), kind, "step 11", "")), ABORTED);
-    let before = std::fs::read(parts.path().join("last.safetensors")).unwrap();
-    assert!(before.len() > 20_000);
-    let output = run(parts.path(), kind, "never", "ulimit -c 0 && ulimit -f 8 &&");
-    assert_eq!(killed(&output), FILE_TOO_LARGE, "{kind}: {}", String::from_utf8_lossy(&output.stdout));
-    assert!(files(parts.path()).iter().any(|(name, bytes)| name.ends_with(".tmp") && !bytes.is_empty()));
-    assert_eq!(std::fs::read(parts.path().join("last.safetensors")).unwrap(), before);
-    assert!(run(parts.path(), kind, "never", "").status.success());
-    same(whole.path(), parts.path(), kind);
+    for name in ["best", "last"] {
+        let parts = tempfile::tempdir().unwrap();
+        assert_eq!(killed(&run(parts.path(), kind, "step 11", "")), ABORTED);
+        let before = std::fs::read(parts.path().join("last.safetensors")).unwrap();
+        assert!(before.len() > 20_000);
+        let output = run(parts.path(), kind, name, "ulimit -c 0 && ulimit -f 8 &&");
+        assert_eq!(killed(&output), FILE_TOO_LARGE, "{kind}: {}", String::from_utf8_lossy(&output.stdout));
+        let left = |(found, bytes): &(String, Vec<u8>)| {
+            found.starts_with(&format!(".{name}.safetensors.")) && !bytes.is_empty()
+        };
+        assert!(files(parts.path()).iter().any(left), "it was killed while it wrote");
+        assert_eq!(std::fs::read(parts.path().join("last.safetensors")).unwrap(), before);
+        assert!(run(parts.path(), kind, "never", "").status.success());
+        same(whole.path(), parts.path(), kind);
+    }
 }
 
 #[test]
@@ -149,9 +159,12 @@ fn a_full_disk_leaves_the_checkpoint_before() {
     assert_eq!(killed(&run(parts.path(), "AdamW", "step 11", "")), ABORTED);
     let path = parts.path().join("last.safetensors");
     let before = std::fs::read(&path).unwrap();
-    let output = run(parts.path(), "AdamW", "never", "trap '' XFSZ; ulimit -f 8 &&");
+    let output = run(parts.path(), "AdamW", "last", "trap '' XFSZ; ulimit -f 8 &&");
     let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && said.contains("refused: "), "{said}");
+    assert!(
+        output.status.success() && said.contains("refused: ") && said.contains("last.safetensors"),
+        "{said}"
+    );
     assert_eq!(std::fs::read(&path).unwrap(), before);
     assert!(Safetensors::open(&path).is_ok());
     assert!(files(parts.path()).iter().all(|(name, _)| !name.ends_with(".tmp")), "it tidies up");
