@@ -74,6 +74,31 @@ impl TrainerConfig {
         }
     }
 
+    /// As many steps as so many epochs of so many examples have, with the schedule that `schedule` gives for that many;
+    /// and the defaults.
+    ///
+    /// ```
+    /// # fn main() -> controlgen_core::Result<()> {
+    /// use controlgen_core::train::{Schedule, TrainerConfig};
+    ///
+    /// let config = TrainerConfig::epochs(3, 1000, 16, |steps| Schedule::cosine(1e-3, steps)?.with_warmup(20))?;
+    /// assert_eq!(config.steps, 3 * 63);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// Those of `schedule`.
+    pub fn epochs(
+        epochs: u64,
+        examples: usize,
+        batch_size: usize,
+        schedule: impl FnOnce(u64) -> Result<Schedule>,
+    ) -> Result<Self> {
+        let steps = epochs.saturating_mul(steps_an_epoch(examples, batch_size, false));
+        Ok(Self::new(steps, batch_size, schedule(steps)?))
+    }
+
     /// How many steps an epoch of so many examples has.
     #[must_use]
     pub fn steps_an_epoch(&self, examples: usize) -> u64 {

@@ -11,7 +11,8 @@
 //! | [`Ema`] | averages of the parameters |
 //!
 //! A [`Trainer`] runs the whole loop over a [`Task`]. What it does in a step is a function of the seed and the number of
-//! the step, so a run that was interrupted and resumed ends with the same bits as one that was not, on the CPU.
+//! the step, so a run that was interrupted and resumed ends with the same bits as one that was not, on the CPU and with as
+//! many threads.
 //!
 //! Losses are not here: they live beside their models.
 
