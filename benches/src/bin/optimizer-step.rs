@@ -6,7 +6,7 @@ use std::io::{BufRead, Write};
 use std::time::Instant;
 
 use controlgen_core::train::{
-    AdamW, AdamWConfig, Adafactor, AdafactorConfig, Gradients, Optimizer, Parameters, Sgd, SgdConfig,
+    Adafactor, AdafactorConfig, AdamW, AdamWConfig, Gradients, Optimizer, Parameters, Sgd, SgdConfig,
 };
 use controlgen_core::{Error, Result};
 use tch::{Kind, Tensor, kind::FLOAT_CPU};

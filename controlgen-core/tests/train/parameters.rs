@@ -269,3 +269,33 @@ fn a_state_of_something_else_is_refused_and_changes_nothing() {
     }
     assert_eq!(bits(adamw.state().unwrap()), before);
 }
+
+#[test]
+fn an_average_without_warm_up_is_the_closed_form() {
+    let value = Tensor::full([2], 4.0, FLOAT_CPU).set_requires_grad(true);
+    let parameters = Parameters::new(named(&[("a", &value)])).unwrap();
+    for after in [0, 2] {
+        let _ = tch::no_grad(|| value.shallow_clone().fill_(4.0));
+        let config = EmaConfig {
+            decay: 0.5,
+            warmup: EmaWarmup::None,
+            update_after_step: after,
+            ..EmaConfig::default()
+        };
+        let mut ema = Ema::new(&parameters, config).unwrap();
+        let _ = tch::no_grad(|| value.shallow_clone().fill_(8.0));
+        let found = [0; 4].map(|_| {
+            ema.update().unwrap();
+            ema.averages()[0].1.double_value(&[0])
+        });
+        assert_eq!(found, if after == 0 { [6.0, 7.0, 7.5, 7.75] } else { [8.0; 4] });
+    }
+    let mut ema = Ema::new(&parameters, EmaConfig::default()).unwrap();
+    let _ = tch::no_grad(|| value.shallow_clone().fill_(1.0));
+    let during = ema.with_averages(|| {
+        assert_eq!(value.double_value(&[0]), 8.0);
+        Err::<(), _>(Error::value("what", "it", "is"))
+    });
+    assert!(during.is_err());
+    assert_eq!(value.double_value(&[0]), 1.0, "they are put back");
+}
