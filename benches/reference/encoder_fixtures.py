@@ -14,7 +14,7 @@ import shutil
 import sys
 
 from common import TEXT_FIXTURES, fail, randomise, save_cases
-from text_fixtures import AGREE, GREEDY_GAP, setting, weights_like
+from text_fixtures import AGREE, setting, weights_like
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +24,7 @@ from transformers import (
 )
 
 SENSITIVE = 1e-3
+GREEDY_GAP = 5e-4
 NEW_TOKENS = 20
 
 
@@ -213,7 +214,9 @@ def continuations(model, case):
     top = steps.topk(2, dim=-1).values
     gap = (top[..., 0] - top[..., 1]).min().item()
     new = greedy.sequences[:, 1:]
-    eos = new[0, 4].item()
+    # The end token of the beams: the one that the liveliest row comes to last.
+    rows = [list(dict.fromkeys(row.tolist())) for row in new]
+    eos = max(rows, key=len)[-1]
     beams = model.generate(**common, num_beams=4, num_return_sequences=3, length_penalty=0.7, eos_token_id=eos,
                            output_scores=True)
     looking_back = model.generate(**common, num_beams=1, eos_token_id=None, repetition_penalty=1.7, no_repeat_ngram_size=2)
@@ -223,7 +226,7 @@ def continuations(model, case):
         "beams.new_ids": beams.sequences[:, 1:], "beams.scores": beams.sequences_scores,
         "processed.new_ids": looking_back.sequences[:, 1:],
     }
-    lively = all(len(set(row.tolist())) >= 4 for row in new)
+    lively = sum(map(len, rows)) >= 10
     scores = beams.sequences_scores.view(3, 3)
     apart = (scores[:, :-1] - scores[:, 1:]).min().item()
     return tensors, gap, lively and apart >= 1e-3
@@ -256,8 +259,8 @@ def make(name, seed):
     model = kind._from_config(config, attn_implementation="eager").eval()
     if layout == "untied":
         model.lm_head.weight = torch.nn.Parameter(torch.randn(config.vocab_size, config.d_model))
-    # A plain T5 divides its output by √D before the tied table: a wider table for logits that tell tokens apart.
-    randomise(model, seed, table_std=2.0 if name == "t5_v1_0" else 0.8)
+    # With small matrices, a tied output says the token again that was read.
+    randomise(model, seed, **({"table_std": 0.4, "gain": 1.6} if name == "t5_v1_0" else {"gain": 1.2} if is_t5(config) else {}))
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     cases = inputs(config, seed + 1)
     truth = {k: outputs(model, c) for k, c in cases.items()}
