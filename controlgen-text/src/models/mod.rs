@@ -7,6 +7,9 @@ mod config;
 mod gpt2;
 mod kv_cache;
 mod llama;
+mod relative_bias;
+mod t5;
+mod t5_encoder;
 
 use std::any::Any;
 use std::path::Path;
@@ -26,6 +29,8 @@ pub use bert_masked_lm::{BertMaskedLm, FramingTokens};
 pub use config::Config;
 pub use gpt2::{Gpt2, Gpt2Config};
 pub use llama::{Llama, LlamaConfig};
+pub use t5::T5;
+pub use t5_encoder::{T5Config, T5Encoder};
 
 /// Opens the language model of a Hugging Face directory: config.json, and model.safetensors or its shards.
 ///
@@ -47,7 +52,8 @@ pub fn load(
     source: &dyn TensorSource,
     placement: Placement,
 ) -> Result<Box<dyn LanguageModel>> {
-    let known = || gpt2::MODEL_TYPES.iter().chain(&llama::MODEL_TYPES).copied();
+    let known =
+        || gpt2::MODEL_TYPES.iter().chain(&llama::MODEL_TYPES).chain(&t5_encoder::MODEL_TYPES).copied();
     let model_type = config.str("model_type")?.ok_or_else(|| {
         config.error("model_type", format!("one of {}", known().collect::<Vec<_>>().join(", ")), "nothing")
     })?;
@@ -66,6 +72,7 @@ pub fn load(
             weights.finish(&leftovers(config, false, &["*.rotary_emb.inv_freq"])?)?;
             Box::new(model)
         }
+        name if t5_encoder::MODEL_TYPES.contains(&name) => Box::new(T5::load(config, &weights, placement)?),
         name => {
             let supported = known().collect::<Vec<_>>().join(", ");
             return Err(Error::unsupported(format!("model_type `{name}`"), supported));
@@ -74,7 +81,7 @@ pub fn load(
     Ok(model)
 }
 
-/// Opens the encoder of a Hugging Face directory: a BERT or RoBERTa, with or without a head.
+/// Opens the encoder of a Hugging Face directory: a BERT or RoBERTa, with or without a head, or a T5's.
 ///
 /// # Errors
 /// As [`open`].
@@ -94,7 +101,20 @@ pub fn load_encoder(
     placement: Placement,
 ) -> Result<Box<dyn Encoder>> {
     let weights = Weights::new(source, placement.options());
-    Ok(Box::new(Bert::load(config, &weights, placement)?))
+    match config.str("model_type")? {
+        Some(name) if bert::MODEL_TYPES.contains(&name) => {
+            Ok(Box::new(Bert::load(config, &weights, placement)?))
+        }
+        Some(name) if t5_encoder::MODEL_TYPES.contains(&name) => {
+            Ok(Box::new(T5Encoder::load(config, &weights, placement)?))
+        }
+        found => {
+            let what = format!("model_type `{}` as an encoder", found.unwrap_or("nothing"));
+            let known: Vec<&str> =
+                bert::MODEL_TYPES.iter().chain(&t5_encoder::MODEL_TYPES).copied().collect();
+            Err(Error::unsupported(what, known.join(", ")))
+        }
+    }
 }
 
 /// Opens the masked language model of a Hugging Face directory: a BERT or RoBERTa. Which tokens open and close a text and
