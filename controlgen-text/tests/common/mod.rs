@@ -23,6 +23,9 @@ pub const MODELS: [&str; 12] = [
     "qwen3",
 ];
 
+/// Those that read their prompt with an encoder; `benches/reference/encoder_fixtures.py` makes them.
+pub const ENCODER_DECODERS: [&str; 2] = ["t5_v1_0", "t5_v1_1"];
+
 pub fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
