@@ -57,7 +57,7 @@ impl Tokens<'_> {
                     let (low, high) = (low.f_int64_value(&[])?, high.f_int64_value(&[])?);
                     if low < 0 || high >= vocab {
                         let found = if low < 0 { low } else { high };
-                        return Err(Error::value("token id", format!("0 .. {}", vocab), found));
+                        return Err(Error::value("token id", format!("0 .. {vocab}"), found));
                     }
                 }
                 (batch, len)

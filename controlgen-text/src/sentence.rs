@@ -80,9 +80,8 @@ impl SentenceEncoder {
     /// [`Error::Unsupported`] for an encoder of images; [`Error::Value`] where the tokenizer knows more tokens than the
     /// encoder.
     pub fn new(encoder: Box<dyn Encoder>, tokenizer: Tokenizer) -> Result<Self> {
-        let (vocab, context) = match encoder.spec().reads {
-            Reads::Text { vocab, context } => (vocab, context),
-            _ => return Err(Error::unsupported("sentences for an encoder of images", "encoders of text")),
+        let Reads::Text { vocab, context } = encoder.spec().reads else {
+            return Err(Error::unsupported("sentences for an encoder of images", "encoders of text"));
         };
         if tokenizer.vocab_size() > vocab {
             let expected = format!("at most the encoder's {vocab}");

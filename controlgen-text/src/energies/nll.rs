@@ -74,7 +74,7 @@ impl Nll {
     fn log_probs(&self, input: LmInput<'_>, (rows, len): (i64, i64)) -> Result<Tensor> {
         let pass = Pass { controls: self.controls.as_ref(), ..Pass::default() };
         let device = self.lm.spec().placement.device;
-        let Begun { mut state, ids, .. } = begin(&*self.lm, &[self.prompt.clone()], &pass, 0)?;
+        let Begun { mut state, ids, .. } = begin(&*self.lm, std::slice::from_ref(&self.prompt), &pass, 0)?;
         let first = self.lm.forward(LmInput::ids(&ids).last(), &mut state, &pass)?.logits; // (1, 1, V)
         let first = first.f_expand([rows, -1, -1], false)?;
         let logits = match input.keep {

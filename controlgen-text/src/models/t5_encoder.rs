@@ -5,7 +5,7 @@ use std::sync::Arc;
 use controlgen_core::checkpoint::Weights;
 use controlgen_core::layers::{Activation, Embedding, Linear, RmsNorm};
 use controlgen_core::{
-    Attn, Dims, Encoder, EncoderInput, EncoderSpec, Features, Pass, Placement, Reads, Result, Site, SiteId,
+    Attn, Dims, Encoder, EncoderInput, EncoderSpec, Features, Pass, Placement, Reads, Result, SiteId,
     SiteMap, Tokens, WeightMap,
 };
 use tch::Tensor;
@@ -136,11 +136,10 @@ impl Loader<'_, '_> {
         self.sites.add(path, Dims::Hidden { width: self.config.d_model })
     }
 
-    /// The shared table of embeddings, as the encoder's or the decoder's.
+    /// The shared table of embeddings, as the encoder's or the decoder's: two sites, each of which sees its own tokens.
     pub fn embedding(&mut self, path: &str, table: &Tensor) -> Embedding {
         let dims = Dims::Embedding { rows: self.config.vocab_size, width: self.config.d_model };
-        let (name, aliases) = (format!("{path}.embed_tokens"), vec!["shared".to_owned()]);
-        let site = self.sites.add_site(Site { name, aliases, dims, slices: Vec::new() });
+        let site = self.sites.add(format!("{path}.embed_tokens"), dims);
         Embedding::new(table.shallow_clone(), site)
     }
 
