@@ -8,7 +8,7 @@ mod common;
 use common::{Cases, MODELS, difference, folder, start};
 use controlgen_core::{Error, LanguageModel, LmInput, Pass, Placement, Rows, State};
 use controlgen_text::models;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 fn open(name: &str) -> Box<dyn LanguageModel> {
     models::open(&folder(name), Placement::CPU).unwrap_or_else(|error| panic!("{name}: {error}"))
