@@ -12,6 +12,7 @@ use controlgen_text::controls::features::{Alliteration, Repetition, WordLength, 
 use controlgen_text::controls::*;
 use controlgen_text::models;
 use controlgen_text::words::TokenTrie;
+use tch::Kind;
 
 #[test]
 fn language_models() {
@@ -20,6 +21,18 @@ fn language_models() {
     for name in MODELS.into_iter().chain(ENCODER_DECODERS) {
         let lm = models::open(&folder(name), Placement::CPU).unwrap();
         contract::language_model(&*lm).unwrap_or_else(|violation| panic!("{name}: {violation}"));
+    }
+}
+
+#[test]
+fn encoders() {
+    tch::set_num_threads(1);
+    for name in ["bert", "bert_masked_lm", "bert_classifier", "roberta_masked_lm", "t5_v1_0", "t5_v1_1"] {
+        for kind in [Kind::Float, Kind::Double] {
+            let placement = Placement::CPU.with_kind(kind);
+            let encoder = models::open_encoder(&folder(name), placement).unwrap();
+            contract::encoder(&*encoder).unwrap_or_else(|violation| panic!("{name}, {kind:?}: {violation}"));
+        }
     }
 }
 
