@@ -28,7 +28,10 @@ fn language_models() {
 fn encoders() {
     tch::set_num_threads(1);
     for name in ["bert", "bert_masked_lm", "bert_classifier", "roberta_masked_lm", "t5_v1_0", "t5_v1_1"] {
-        for kind in [Kind::Float, Kind::Double] {
+        // In f32 a step that is not lost in roundings crosses the kinks of T5's ReLU, whose scores nothing tames.
+        let kinds: &[Kind] =
+            if name.starts_with("t5") { &[Kind::Double] } else { &[Kind::Float, Kind::Double] };
+        for &kind in kinds {
             let placement = Placement::CPU.with_kind(kind);
             let encoder = models::open_encoder(&folder(name), placement).unwrap();
             contract::encoder(&*encoder).unwrap_or_else(|violation| panic!("{name}, {kind:?}: {violation}"));
