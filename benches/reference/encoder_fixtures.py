@@ -88,7 +88,7 @@ FIXTURES = {
                         BertForSequenceClassification, "bert hub",
                         BERT | {"no pooler bias": weights_like("pooler.dense.bias", 0.0),
                                 "no output bias": weights_like("classifier.bias", 0.0)}),
-    "roberta_masked_lm": (lambda: roberta(), RobertaForMaskedLM, "plain",
+    "roberta_masked_lm": (lambda: roberta(tie_word_embeddings=False), RobertaForMaskedLM, "plain",
                           BERT | {"padding": setting(pad_token_id=0),
                                   "no output bias": no_output_bias}),
     "roberta_classifier": (lambda: roberta(hidden_act="gelu_new", pad_token_id=2, id2label=LABELS, label2id={v: k for k, v in LABELS.items()}),

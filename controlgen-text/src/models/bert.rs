@@ -439,7 +439,7 @@ pub(super) fn pool(pooler: &Linear, hidden: &Tensor, pass: &Pass<'_>) -> Result<
 }
 
 /// The same tensors under the names that older files have: without the prefix of a head's body, with γ and β for a norm's
-/// weight and bias, and with the bias of the output below the output product.
+/// weight and bias, and with the bias of the output beside the output product.
 pub(super) fn named<'a>(weights: &Weights<'a>, c: &BertConfig) -> Weights<'a> {
     let prefix = format!("{}.", c.model_type);
     weights.rename(move |name| {
@@ -450,8 +450,8 @@ pub(super) fn named<'a>(weights: &Weights<'a>, c: &BertConfig) -> Weights<'a> {
                 names.iter().filter_map(|name| Some(format!("{}{old}", name.strip_suffix(new)?))).collect();
             names.extend(older);
         }
-        if matches!(name, "cls.predictions.bias" | "lm_head.bias") {
-            names.push(name.replace(".bias", ".decoder.bias"));
+        if matches!(name, "cls.predictions.decoder.bias" | "lm_head.decoder.bias") {
+            names.push(name.replace(".decoder.bias", ".bias"));
         }
         names
     })

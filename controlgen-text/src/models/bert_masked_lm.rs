@@ -81,11 +81,11 @@ impl BertMaskedLm {
         let prefix = format!("{}.", c.model_type);
         let roberta = c.model_type == "roberta";
         let (head, transform, norm, bias) = if roberta {
-            ("lm_head.decoder", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias")
+            ("lm_head.decoder", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder.bias")
         } else {
             let transform = "cls.predictions.transform.dense";
             let norm = "cls.predictions.transform.LayerNorm";
-            ("cls.predictions.decoder", transform, norm, "cls.predictions.bias")
+            ("cls.predictions.decoder", transform, norm, "cls.predictions.decoder.bias")
         };
         let (_, eos, pad) = special_tokens(config, vocab)?;
         let architecture = c.model_type.to_owned();
@@ -98,8 +98,15 @@ impl BertMaskedLm {
         let (weight, tied) = output_product(&weights, &name, table, body.config.tie_word_embeddings)?;
         let site = sites.add(head, Dims::Linear { inputs: d, outputs: vocab });
         let decoder = Linear::new(weight, Some(weights.get(bias, &[vocab])?), &[(site, vocab)])?;
-        // The other objective of BERT, positions that old files count out, and a bias that is stored twice.
-        weights.finish(&["*position_ids", "*pooler.dense.*", "cls.seq_relationship.*", "*.decoder.bias"])?;
+        // The other objective of BERT, positions that old files count out, and a bias that is stored twice: where both
+        // differ, as in files of an untied output, the output product's own is the one that is added.
+        weights.finish(&[
+            "*position_ids",
+            "*pooler.dense.*",
+            "cls.seq_relationship.*",
+            "cls.predictions.bias",
+            "lm_head.bias",
+        ])?;
         let spec = LmSpec {
             architecture,
             vocab,
