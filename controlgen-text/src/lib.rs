@@ -38,6 +38,7 @@ pub mod models;
 pub mod sample;
 mod score;
 pub mod search;
+mod sentence;
 pub mod tokenizer;
 pub mod words;
 
@@ -46,3 +47,4 @@ pub use generate::{
     WordFeature,
 };
 pub use score::{Scored, score_completions, score_text};
+pub use sentence::{Pooling, SentenceEncoder};
