@@ -29,7 +29,7 @@ struct Group {
 }
 
 impl Readings {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { groups: Vec::new(), at: Vec::new(), id: Arc::new(()) }
     }
 
