@@ -36,6 +36,7 @@ pub mod grammar;
 pub mod hub;
 pub mod lexical;
 pub mod models;
+pub mod pplm;
 pub mod sample;
 mod score;
 pub mod search;

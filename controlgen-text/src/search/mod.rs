@@ -9,7 +9,7 @@ mod diverse_beam;
 mod draft;
 mod energies;
 mod grid_beam;
-mod hidden;
+pub(crate) mod hidden;
 mod jump_forward;
 mod look_ahead;
 mod neurologic;

@@ -6,7 +6,7 @@ use controlgen_core::{
     Error, LanguageModel, LmInput, Pass, Result, Rows, Source, TokenControl, TokenControls,
 };
 use controlgen_text::arithmetic::{ModelArithmetic, Term, contrastive_decoding};
-use controlgen_text::controls::{Fudge, FutureDiscriminator};
+use controlgen_text::controls::{Fudge, FutureDiscriminator, Gedi};
 use controlgen_text::search::{Choice, Search, Task};
 use tch::{Kind, Tensor};
 
@@ -146,4 +146,44 @@ fn discriminators() {
     let mut state = control.start(&prompts).unwrap();
     told(control.score(&mut state, logits().narrow(0, 0, 1)), "rows of logits");
     told(control.advance(&mut state, &[1]), "rows of tokens");
+}
+
+#[test]
+fn classes() {
+    let a = term(5);
+    let two = [a.after([2]), a.after([3])];
+    told(Gedi::new(&two[..1], 0, 1.0), "classes: expected at least 2");
+    told(Gedi::new(&two, 2, 1.0), "the desired class: expected 0 .. 2, found 2");
+    told(Gedi::new(&[a.prompt(), term(6)], 0, 1.0), "vocabulary of a term");
+    told(Gedi::new(&[a.prompt(), a.after([9])], 0, 1.0), "token id of a term");
+    for number in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        told(Gedi::new(&two, 0, number), "GeDi's weight");
+        told(Gedi::new(&two, 0, 1.0).unwrap().length_scale(number), "GeDi's alpha");
+    }
+    let gedi = || Gedi::new(&two, 0, 1.0).unwrap();
+    told(gedi().biases(&[0.0]), "biases: expected 2, one a class, found 1");
+    told(gedi().biases(&[0.0, f64::NAN]), "bias: NaN");
+    for (rho, tau) in [(0.0, 0.5), (1.1, 0.5), (f64::NAN, 0.5)] {
+        told(gedi().filter(rho, tau), "GeDi's rho");
+    }
+    for tau in [-0.1, 1.1, f64::NAN] {
+        told(gedi().filter(0.5, tau), "GeDi's tau");
+    }
+    let mut state = gedi().start(&[vec![0], vec![2, 3]]).unwrap();
+    let logits = |rows, vocab| Tensor::zeros([rows, vocab], (Kind::Float, tch::Device::Cpu));
+    told(
+        gedi().score(&mut state, logits(2, 6)),
+        "vocabulary of GeDi's classes: expected 6 tokens, as the model has, found 5",
+    );
+    told(gedi().score(&mut state, logits(1, 5)), "rows of logits");
+    told(gedi().advance(&mut state, &[1, 5]), "chosen token");
+    told(gedi().advance(&mut state, &[1]), "rows of tokens");
+    told(gedi().start(&[vec![]]), "prompt 0");
+    told(gedi().start(&[vec![7]]), "token id");
+    let config = TableLmConfig { context: 4, ..TableLmConfig::default() };
+    let short = Term::new(Box::new(TableLm::new(&config).unwrap()));
+    let control = Gedi::new(&[short.after([2]), short.after([3, 3])], 0, 1.0).unwrap();
+    let mut state = control.start(&[vec![0, 2]]).unwrap();
+    control.advance(&mut state, &[2]).unwrap();
+    assert!(matches!(control.score(&mut state, logits(1, 5)), Err(Error::Context { limit: 4, needed: 5 })));
 }

@@ -10,7 +10,7 @@ use controlgen_text::controls::{ForcedPrefix, Fudge, FutureDiscriminator, Temper
 use controlgen_text::search::{BeamSearch, Choice, EarlyStopping, Search, Smc, Speculative};
 use tch::Tensor;
 
-use crate::{EOS, LENGTH, PROMPT, enumerate, normalised, p_value, run, said, table};
+use crate::{LENGTH, PROMPT, enumerate, normalised, p_value, run, said, table};
 
 /// Whether a whole text has the attribute: an even number of 4s, and no 2 at its end.
 fn attribute(text: &[i64]) -> bool {
@@ -163,7 +163,7 @@ fn a_token_that_was_not_weighed() {
     let (mut asked, mut forced) =
         (control.start(&[PROMPT.to_vec()]).unwrap(), control.start(&[PROMPT.to_vec()]).unwrap());
     let logits = || Tensor::zeros([1, 6], (tch::Kind::Float, tch::Device::Cpu));
-    control.score(&mut asked, logits()).unwrap();
+    let _ = control.score(&mut asked, logits()).unwrap();
     for state in [&mut asked, &mut forced] {
         control.advance(state, &[worst]).unwrap();
     }

@@ -5,6 +5,7 @@ mod arithmetic;
 mod bad_input;
 mod counting;
 mod fudge;
+mod gedi;
 mod reference;
 
 use std::collections::HashMap;
