@@ -4,8 +4,8 @@ mod attribute;
 mod perturbation;
 
 use controlgen_core::{
-    EnableGrad, Error, LanguageModel, LmInput, LmOutput, LmSpec, Logits, Pass, Result, SiteKind, SiteMap, Source,
-    State, StateImpl, Tokens, WeightMap,
+    EnableGrad, Error, LanguageModel, LmInput, LmOutput, LmSpec, Logits, Pass, Result, SiteId, SiteKind,
+    SiteMap, Source, State, StateImpl, Taps, Tokens, WeightMap,
 };
 use tch::{Kind, Tensor};
 
@@ -31,14 +31,33 @@ pub struct PplmSettings {
     pub window: Option<usize>,
 }
 
-/// Those of the authors' code for bags of words.
+/// Those of the authors' example for bags of words.
 impl Default for PplmSettings {
     fn default() -> Self {
-        Self { step_size: 0.03, num_iterations: 3, gamma: 1.5, kl_scale: 0.01, gm_scale: 0.99, window: Some(5) }
+        Self {
+            step_size: 0.03,
+            num_iterations: 3,
+            gamma: 1.5,
+            kl_scale: 0.01,
+            gm_scale: 0.99,
+            window: Some(5),
+        }
     }
 }
 
 impl PplmSettings {
+    /// Those of the authors' example for discriminators.
+    pub fn for_discriminators() -> Self {
+        Self {
+            step_size: 0.04,
+            num_iterations: 10,
+            gamma: 1.0,
+            gm_scale: 0.95,
+            window: None,
+            ..Self::default()
+        }
+    }
+
     fn check(&self) -> Result<()> {
         let number = |what: &str, expected: &str, value: f64, holds: bool| {
             if holds { Ok(()) } else { Err(Error::value(what, expected, value)) }
@@ -102,11 +121,18 @@ impl Pplm {
     /// [`Error::Value`] for settings outside their ranges; [`Error::Shape`], [`Error::Value`] for an attribute that is not of
     /// this model's; [`Error::Unsupported`] for a model without attentions, or for an attribute of hidden states of a model
     /// whose last linear site is not its output product.
-    pub fn new(lm: Box<dyn LanguageModel>, attribute: impl Attribute, settings: PplmSettings) -> Result<Self> {
+    pub fn new(
+        lm: Box<dyn LanguageModel>,
+        attribute: impl Attribute,
+        settings: PplmSettings,
+    ) -> Result<Self> {
         settings.check()?;
         attribute.check(lm.spec())?;
         if lm.sites().of_kind(SiteKind::Attention).next().is_none() {
-            return Err(Error::unsupported("PPLM over a model without attention sites", "models that have them"));
+            return Err(Error::unsupported(
+                "PPLM over a model without attention sites",
+                "models that have them",
+            ));
         }
         if attribute.reads_hidden() {
             hidden::tapped(&*lm, None)?;
@@ -117,11 +143,11 @@ impl Pplm {
     /// Reads one token `[B, 1]`, and steers what comes after it: logits `[B, 1, V]`.
     fn step(&self, input: LmInput<'_>, state: &mut PplmState, pass: &Pass<'_>) -> Result<Tensor> {
         let before = state.lm.fork()?;
-        let plain = self.read(input, state, pass)?;
+        let plain = self.read(input, state, pass)?.f_log_softmax(-1, Kind::Float)?;
         if before.is_empty() {
             return Ok(plain);
         }
-        let own = plain.f_select(1, -1)?.f_log_softmax(-1, Kind::Float)?; // (B, V)
+        let own = plain.f_select(1, -1)?; // (B, V)
         let mean = state.hidden.as_ref().map(Hidden::sums).transpose()?;
         let quiet = Pass { taps: None, ..*pass };
         let steered = |deltas: &Deltas| -> Result<(Tensor, Option<Tensor>)> {
@@ -155,7 +181,16 @@ impl Pplm {
             }
             let kl = log_p.f_exp()?.f_mul(&log_p.f_sub(&own)?)?;
             let kl = kl.f_sum_dim_intlist([-1].as_slice(), false, Kind::Float)?;
-            let loss = loss.f_to_kind(Kind::Float)?.f_add(&kl.f_mul_scalar(self.settings.kl_scale)?)?;
+            let mut loss = loss.f_to_kind(Kind::Float)?.f_add(&kl.f_mul_scalar(self.settings.kl_scale)?)?;
+            if let Some(keep) = input.keep {
+                // Padding sees nothing, and nobody sees it.
+                let padding = keep.f_to_device(loss.device())?.f_logical_not()?.f_select(1, -1)?;
+                loss = loss.f_masked_fill(&padding, 0.0)?;
+            }
+            if !loss.f_isfinite()?.f_all()?.f_int64_value(&[])?.eq(&1) {
+                let (at, found) = ("a row".to_owned(), "NaN or infinity".to_owned());
+                return Err(Error::NotFinite { what: "loss of an attribute".into(), at, found });
+            }
             deltas = leaves.down(&loss, self.settings.step_size, self.settings.gamma)?;
         }
         let (log_p, _) = steered(&deltas)?;
@@ -174,7 +209,8 @@ impl Pplm {
         let stack = hidden::tapped(&*self.lm, pass.controls)?;
         let pass = Pass { controls: Some(&stack), ..*pass };
         let lm = &mut state.lm;
-        let (logits, new) = hidden::forward(&*self.lm, &pass, |pass| Ok(self.lm.forward(all, lm, pass)?.logits))?;
+        let (logits, new) =
+            hidden::forward(&*self.lm, &pass, |pass| Ok(self.lm.forward(all, lm, pass)?.logits))?;
         hidden.push(&new, input.keep)?;
         Ok(match input.logits {
             Logits::All => logits,
@@ -183,13 +219,7 @@ impl Pplm {
     }
 
     /// Reads tokens, the last or each of them steered.
-    fn run(
-        &self,
-        input: LmInput<'_>,
-        len: i64,
-        state: &mut PplmState,
-        pass: &Pass<'_>,
-    ) -> Result<Tensor> {
+    fn run(&self, input: LmInput<'_>, len: i64, state: &mut PplmState, pass: &Pass<'_>) -> Result<Tensor> {
         match input.logits {
             Logits::Last if len == 1 => self.step(input, state, pass),
             Logits::Last => {
@@ -198,16 +228,31 @@ impl Pplm {
                 self.step(Part::of(&input, len - 1, 1)?.input().last(), state, pass)
             }
             Logits::All => {
-                let mut all = Vec::new();
+                let (mut all, mut seen) = (Vec::new(), Vec::new());
                 for at in 0..len {
-                    all.push(self.step(Part::of(&input, at, 1)?.input().last(), state, pass)?);
+                    let taps = Taps::new();
+                    let pass = Pass { taps: pass.taps.map(|_| &taps), ..*pass };
+                    all.push(self.step(Part::of(&input, at, 1)?.input().last(), state, &pass)?);
+                    seen.push(taps.take());
                 }
-                let kind = if all.len() > 1 { Kind::Float } else { all[0].f_kind()? };
-                let all = all.iter().map(|t| t.f_to_kind(kind)).collect::<std::result::Result<Vec<_>, _>>()?;
+                if let Some(taps) = pass.taps {
+                    join(seen, taps)?;
+                }
                 Ok(Tensor::f_cat(&all, 1)?)
             }
         }
     }
+}
+
+/// What was seen of each token, `[B, 1, ..]`, as if all had been read at once.
+fn join(mut seen: Vec<Vec<(SiteId, Tensor)>>, taps: &Taps) -> Result<()> {
+    while seen.iter().all(|of_one| !of_one.is_empty()) {
+        let of_all: Vec<(SiteId, Tensor)> = seen.iter_mut().map(|of_one| of_one.remove(0)).collect();
+        let site = of_all[0].0;
+        let columns: Vec<Tensor> = of_all.into_iter().map(|(_, tensor)| tensor).collect();
+        taps.push(site, Tensor::f_cat(&columns, 1)?);
+    }
+    Ok(())
 }
 
 /// A part of an input's columns.

@@ -57,14 +57,12 @@ impl Deltas {
                 }
                 Ok(g.f_square()?.f_sum_dim_intlist([1, 2, 3].as_slice(), true, Kind::Float)?)
             };
-            let norm = square(&gradients[0])?.f_add(&square(&gradients[1])?)?.f_sqrt()?.f_add_scalar(SMALL)?;
+            let norm =
+                square(&gradients[0])?.f_add(&square(&gradients[1])?)?.f_sqrt()?.f_add_scalar(SMALL)?;
             let factor = norm.f_pow_tensor_scalar(-gamma)?.f_mul_scalar(-step_size)?; // (B, 1, 1, 1)
-            if !factor.f_isfinite()?.f_all()?.f_int64_value(&[])?.eq(&1) {
-                // 1e-15 to a power may be none: then the gradient is 0, and so is the step.
-                let _ = factor.f_nan_to_num(0.0, 0.0, 0.0)?;
-            }
             let moved = |t: &Tensor, g: &Tensor| -> Result<Tensor> {
-                let step = g.f_mul(&factor)?.f_nan_to_num(0.0, 0.0, 0.0)?;
+                // A gradient of 0, as of padding alone, is no step, whatever the factor is.
+                let step = g.f_mul(&factor)?.f_masked_fill(&g.f_eq(0.0)?, 0.0)?;
                 Ok(t.f_detach()?.f_add(&step)?)
             };
             let [k, v] = &pair;

@@ -184,10 +184,10 @@ fn searches_that_fork_and_forget_draw_it_too() {
     let searches: [(&str, Box<dyn Search>); 3] = [
         ("look-up", Box::new(Speculative::prompt_lookup(sampled(), 2, 3).unwrap())),
         ("a draft model", Box::new(Speculative::draft_model(sampled(), m.a.handle(), 2).unwrap())),
-        ("particles", Box::new(Smc::new(40_000, 3).unwrap())),
+        ("particles", Box::new(Smc::new(20_000, 3).unwrap())),
     ];
     for (name, search) in searches {
-        let drawn = run(&lm, &[PROMPT.to_vec()], &TokenControls::new(), &*search, 2000);
+        let drawn = run(&lm, &[PROMPT.to_vec()], &TokenControls::new(), &*search, 1000);
         let p = p_value(&drawn, &expected);
         println!("{name}: p = {p:.3}");
         assert!(p > 0.001, "{name}: p = {p}");

@@ -18,7 +18,7 @@ fn term(vocab: i64) -> Term {
 }
 
 #[track_caller]
-fn told<T>(made: Result<T>, words: &str) {
+pub fn told<T>(made: Result<T>, words: &str) {
     let error = made.err().expect("an error");
     assert!(error.to_string().contains(words), "{error}");
 }

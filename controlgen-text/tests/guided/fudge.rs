@@ -86,7 +86,7 @@ fn the_exact_discriminator_draws_the_exact_posterior() {
     let sampled = Choice::Sample { seed: 2, first: 0 };
     let searches: [(&str, Box<dyn Search>, usize); 3] = [
         ("sampling", Box::new(sampled), 20_000),
-        ("speculative decoding", Box::new(Speculative::prompt_lookup(sampled, 2, 2).unwrap()), 5000),
+        ("speculative decoding", Box::new(Speculative::prompt_lookup(sampled, 2, 2).unwrap()), 1500),
         ("particles", Box::new(Smc::new(40_000, 8).unwrap()), 2000),
     ];
     for (name, search, n) in searches {

@@ -1,17 +1,19 @@
 //! GeDi against Bayes' rule, written out on plain probabilities.
 
 use controlgen_core::testing::{TableLm, contract};
-use controlgen_core::{LanguageModel, Placement, TokenControls};
+use controlgen_core::{LanguageModel, Placement, Rows, TokenControl, TokenControls};
 use controlgen_text::arithmetic::Term;
-use controlgen_text::controls::{ForcedPrefix, Gedi};
+use controlgen_text::controls::Gedi;
 use controlgen_text::models;
 use controlgen_text::search::{BeamSearch, Choice, EarlyStopping, Search, Speculative};
+
+use tch::Tensor;
 
 use crate::counting::Counting;
 use crate::{PROMPT, enumerate, folder, normalised, p_value, run, said, table};
 
-/// Of the three classes: another model, or the first after another prefix. Prefixes of two tokens and more are seen by a
-/// table that looks two tokens back only where the prompt is short: hence PROMPT's beginning is not its own.
+/// Three classes: a model, another, and the first after a prefix, which a table that looks two tokens back sees only where the
+/// prompt is short.
 struct Classes {
     lm: TableLm,
     a: TableLm,
@@ -101,7 +103,7 @@ fn samples_are_of_bayes_rule() {
             let sampled = Choice::Sample { seed: 1, first: 0 };
             let searches: [(&str, Box<dyn Search>, usize); 2] = [
                 ("sampling", Box::new(sampled), 20_000),
-                ("look-up", Box::new(Speculative::prompt_lookup(sampled, 2, 2).unwrap()), 2000),
+                ("look-up", Box::new(Speculative::prompt_lookup(sampled, 2, 2).unwrap()), 500),
             ];
             for (search, way, n) in searches {
                 let drawn = run(&classes.lm, &[prompt.to_vec()], &controls, &*way, n);
@@ -144,48 +146,47 @@ fn beams_rank_by_the_class_of_the_whole_text() {
 #[test]
 fn the_filter_leaves_what_the_paper_leaves() {
     let classes = Classes::new();
-    let (weight, desired, rho, tau) = (1.5, 0, 0.35, 0.4);
-    let control = Gedi::new(&classes.terms(), desired, weight).unwrap().filter(rho, tau).unwrap();
-    let controls = TokenControls::new().with(control);
+    let (weight, desired) = (1.5, 0);
     let (mut by_mass, mut by_class) = (0, 0);
-    let counts = std::cell::RefCell::new((&mut by_mass, &mut by_class));
-    let expected = enumerate(&|said| {
-        let mut scores = classes.lm.log_probs(&[&PROMPT[..], said].concat()).unwrap();
-        let of = |token: usize| {
-            let text = [said, &[token as i64]].concat();
-            classes.posterior(&PROMPT, &text, &|t| 1.0 / t as f64, [0.0; 3])[desired]
-        };
-        let posterior: Vec<f64> = (0..scores.len()).map(of).collect();
-        scores.iter_mut().zip(&posterior).for_each(|(s, p)| *s += weight * p.ln());
-        let p: Vec<f64> = normalised(&scores).iter().map(|s| s.exp()).collect();
-        let mut order: Vec<usize> = (0..p.len()).collect();
-        order.sort_by(|&a, &b| posterior[b].total_cmp(&posterior[a]));
-        let (mut mass, mut kept) = (0.0, Vec::new());
-        for i in order {
-            let (in_mass, in_class) = (mass < rho, posterior[i] > tau);
-            *counts.borrow_mut().0 += usize::from(in_mass && !in_class);
-            *counts.borrow_mut().1 += usize::from(!in_mass && in_class);
-            if in_mass || in_class {
-                kept.push(i);
+    for (rho, tau) in [(0.6, 0.5), (0.1, 0.3)] {
+        let control = Gedi::new(&classes.terms(), desired, weight).unwrap().filter(rho, tau).unwrap();
+        let controls = TokenControls::new().with(control);
+        let decided = std::cell::Cell::new((0, 0));
+        let expected = enumerate(&|said| {
+            let mut scores = classes.lm.log_probs(&[&PROMPT[..], said].concat()).unwrap();
+            let of = |token: usize| {
+                let text = [said, &[token as i64]].concat();
+                classes.posterior(&PROMPT, &text, &|t| 1.0 / t as f64, [0.0; 3])[desired]
+            };
+            let posterior: Vec<f64> = (0..scores.len()).map(of).collect();
+            scores.iter_mut().zip(&posterior).for_each(|(s, p)| *s += weight * p.ln());
+            let p: Vec<f64> = normalised(&scores).iter().map(|s| s.exp()).collect();
+            let mut order: Vec<usize> = (0..p.len()).collect();
+            order.sort_by(|&a, &b| posterior[b].total_cmp(&posterior[a]));
+            let mut mass = 0.0;
+            for i in order {
+                let (in_mass, in_class) = (mass < rho, posterior[i] > tau);
+                let (m, c) = decided.get();
+                decided.set((m + usize::from(in_mass && !in_class), c + usize::from(!in_mass && in_class)));
+                mass += p[i];
+                if !in_mass && !in_class {
+                    scores[i] = f64::NEG_INFINITY;
+                }
             }
-            mass += p[i];
-        }
-        for (i, score) in scores.iter_mut().enumerate() {
-            if !kept.contains(&i) {
-                *score = f64::NEG_INFINITY;
-            }
-        }
-        normalised(&scores)
-    });
+            normalised(&scores)
+        });
+        by_mass += decided.get().0;
+        by_class += decided.get().1;
+        let sampled = Choice::Sample { seed: 6, first: 0 };
+        let drawn = run(&classes.lm, &[PROMPT.to_vec()], &controls, &sampled, 20_000);
+        let p = p_value(&drawn, &expected);
+        println!("{} texts, p = {p:.3}", expected.len());
+        assert!(p > 0.001, "p = {p}");
+    }
     assert!(
         by_mass > 0 && by_class > 0,
         "either part of the filter decides somewhere: {by_mass}, {by_class}"
     );
-    let drawn =
-        run(&classes.lm, &[PROMPT.to_vec()], &controls, &Choice::Sample { seed: 6, first: 0 }, 20_000);
-    let p = p_value(&drawn, &expected);
-    println!("{} texts, p = {p:.3}", expected.len());
-    assert!(p > 0.001, "p = {p}");
 }
 
 #[test]
@@ -200,11 +201,29 @@ fn classes_of_one_model_are_one_call() {
     let longest = found.iter().map(|h| said(h).len()).max().unwrap();
     assert_eq!(calls.len(), longest, "one call a step, none after the last: {calls:?}");
     assert!(calls[1..].iter().all(|call| call[1] == 1));
-    // Tokens that were forced one after the other are read in one call.
+}
+
+/// Tokens that were taken without asking are read in one call, and count like all others.
+#[test]
+fn tokens_that_nothing_was_asked_of() {
+    let counting = Counting::new(table(5, 31));
+    let term = Term::new(counting.handle());
+    let control = Gedi::new(&[term.after([4]), term.after([2, 3])], 1, 2.0).unwrap();
+    let prompts = [PROMPT.to_vec(), vec![2]];
+    let logits = || Tensor::zeros([2, 5], (tch::Kind::Float, tch::Device::Cpu));
+    let (mut asked, mut quiet) = (control.start(&prompts).unwrap(), control.start(&prompts).unwrap());
     counting.calls.lock().unwrap().clear();
-    let forced = TokenControls::new().with(ForcedPrefix::new([2, 3, 2]).unwrap()).with(controls);
-    run(&table(5, 30), &[PROMPT.to_vec()], &forced, &Choice::Greedy, 1);
-    println!("{:?}", counting.calls.lock().unwrap());
+    for tokens in [[2, 3], [4, 4], [0, 2]] {
+        let _ = control.score(&mut asked, logits()).unwrap();
+        control.advance(&mut asked, &tokens).unwrap();
+        control.advance(&mut quiet, &tokens).unwrap();
+    }
+    quiet.reorder(&[1, 0]).unwrap();
+    counting.calls.lock().unwrap().clear();
+    let found = control.score(&mut quiet, logits()).unwrap();
+    assert_eq!(*counting.calls.lock().unwrap(), [[4, 3]]);
+    let expected = control.score(&mut asked, logits()).unwrap().flip([0]);
+    assert!(found.allclose(&expected, 1e-5, 1e-5, false), "{found} {expected}");
 }
 
 #[test]

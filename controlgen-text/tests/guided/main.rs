@@ -6,6 +6,7 @@ mod bad_input;
 mod counting;
 mod fudge;
 mod gedi;
+mod pplm;
 mod reference;
 
 use std::collections::HashMap;
