@@ -40,6 +40,7 @@ pub mod pplm;
 pub mod sample;
 mod score;
 pub mod search;
+mod sentence;
 pub mod tokenizer;
 pub mod words;
 
@@ -48,3 +49,4 @@ pub use generate::{
     WatermarkConfig, WordFeature,
 };
 pub use score::{Scored, score_completions, score_text};
+pub use sentence::{Pooling, SentenceEncoder};

@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{MODELS, folder};
+use common::{ENCODER_DECODERS, MODELS, folder};
 use controlgen_core::testing::contract;
 use controlgen_core::{Placement, TokenControl, TokenControls};
 use controlgen_text::arithmetic::{ModelArithmetic, Term};
@@ -18,7 +18,7 @@ use controlgen_text::words::TokenTrie;
 fn language_models() {
     // The models are small: threads would only wait for each other.
     tch::set_num_threads(1);
-    for name in MODELS {
+    for name in MODELS.into_iter().chain(ENCODER_DECODERS) {
         let lm = models::open(&folder(name), Placement::CPU).unwrap();
         contract::language_model(&*lm).unwrap_or_else(|violation| panic!("{name}: {violation}"));
     }

@@ -313,3 +313,34 @@ fn constraints_are_read_from_the_configuration() {
     let short = text(json!({ "method": "neurologic", "num_beams": 4, "clauses": many }));
     assert!(!short["unmet"].as_array().unwrap().is_empty(), "{short}");
 }
+
+/// An encoder-decoder's prompt goes to its encoder, and processors see what the decoder said.
+#[test]
+fn encoder_decoders_say_what_generate_says() {
+    for name in ["t5_v1_0", "t5_v1_1"] {
+        let (model, cases) = (with_tokenizer(name), cases(name));
+        let prompts = flags(&prompts(name));
+        let run = |config: &Value| generate(model.path(), config, &as_strs(&prompts));
+        let said = |line: &Value| sequences(line).iter().map(ids).collect::<Vec<_>>();
+        // Lengths count the token that the decoder starts with.
+        for length in [json!({ "max_new_tokens": 20 }), json!({ "max_length": 21 })] {
+            let mut config = length;
+            config["eos_token_id"] = json!([]);
+            assert_eq!(said(&run(&config)), cases["greedy.new_ids"].rows(), "{name}");
+            config["repetition_penalty"] = json!(1.7);
+            config["no_repeat_ngram_size"] = json!(2);
+            assert_eq!(said(&run(&config)), cases["processed.new_ids"].rows(), "{name}");
+        }
+        let eos = cases["stop.eos_token_id"].integers()[0];
+        let line = run(&json!({
+            "max_new_tokens": 20, "num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.7, "eos_token_id": eos,
+        }));
+        let expected: Vec<Vec<i64>> = cases["beams.new_ids"].rows();
+        for (found, expected) in said(&line).iter().zip(&expected) {
+            // The reference ends with the end token, and padding after it.
+            let end = expected.iter().position(|&id| id == eos).unwrap_or(expected.len());
+            assert_eq!(found, &expected[..end], "{name}");
+        }
+        assert_eq!(sequences(&line).len(), expected.len());
+    }
+}
