@@ -41,6 +41,12 @@ fn arithmetic() {
             contract::language_model(&lm).unwrap_or_else(|violation| panic!("{name}, {what}: {violation}"));
         }
     }
+    // An encoder–decoder's terms differ by what the encoder reads.
+    for name in ENCODER_DECODERS {
+        let a = Term::new(models::open(&folder(name), Placement::CPU).unwrap());
+        let lm = ModelArithmetic::new(&a - 0.5 * a.instead([3, 1]) + 0.2 * a.after([4])).unwrap();
+        contract::language_model(&lm).unwrap_or_else(|violation| panic!("{name}: {violation}"));
+    }
 }
 
 const VOCAB: i64 = 11;

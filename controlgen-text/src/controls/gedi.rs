@@ -1,6 +1,6 @@
 //! GeDi: class-conditional language models as discriminators.
 
-use controlgen_core::{Bans, Error, LmInput, Pass, Result, Rows, TokenControl};
+use controlgen_core::{Bans, Error, LmInput, Pass, Result, Rows, Source, TokenControl};
 use tch::{Kind, Tensor};
 
 use super::check;
@@ -19,7 +19,8 @@ use crate::search::padded;
 ///
 /// The classes' models are [`Term`]s: the same model under a text for each class ([`Term::after`]), in one batched call, or
 /// models of their own. What is added to a token's score is ω (log P(c | x, v) − log P(c | x)), of which the second is the same
-/// for all tokens: so over a text the sum is ω log P(c | text), under any search. The prompt is read and not judged.
+/// for all tokens: so over a text the sum is ω log P(c | text), under any search. The prompt is read and not judged. The
+/// classes' models are decoder-only; the model that they lead may be any.
 ///
 /// *Cost*: a call of the classes' models a step, of classes × rows rows; a normalisation of each of `[B, V]`.
 ///
@@ -236,7 +237,7 @@ impl TokenControl for Gedi {
         }
         let (ids, keep) = padded(lm, prompts)?;
         let rows = prompts.len() as i64;
-        let mut read = self.readings.start(rows, &Pass::default())?;
+        let mut read = self.readings.start(Source::Rows(rows), &Pass::default())?;
         let input = LmInput::ids(&ids).keep(keep.as_ref()).last();
         let next = self.log_p(&self.readings.forward(input, &mut read, &Pass::default())?)?.f_select(2, 0)?;
         let zeros = |width| Tensor::f_zeros([rows, width], (Kind::Double, next.device()));

@@ -87,7 +87,7 @@ impl PplmSettings {
 /// The changes are forgotten after each token, as in the authors' code; a token with none before it is the model's own. Of
 /// that code there is not: the window's decay, and the hidden state of a token expected to come.
 ///
-/// As the attribute acts at a site, it works with every model that has attentions; and being a model, it goes with every search
+/// As the changes are made at sites, it works with every decoder-only model that has attentions; and being a model, it goes with every search
 /// and every control. Where logits of several positions are asked for, each is steered, one after the other; of a prompt the last
 /// alone. Adapters and other controls at sites act as always; taps see the model's own pass. Gradients do not go through the
 /// steps: to what is differentiated ΔH is a constant.
@@ -119,7 +119,7 @@ impl Pplm {
     ///
     /// # Errors
     /// [`Error::Value`] for settings outside their ranges; [`Error::Shape`], [`Error::Value`] for an attribute that is not of
-    /// this model's; [`Error::Unsupported`] for a model without attentions, or for an attribute of hidden states of a model
+    /// this model's; [`Error::Unsupported`] for an encoder–decoder, a model without attentions, or for an attribute of hidden states of a model
     /// whose last linear site is not its output product.
     pub fn new(
         lm: Box<dyn LanguageModel>,
@@ -128,6 +128,9 @@ impl Pplm {
     ) -> Result<Self> {
         settings.check()?;
         attribute.check(lm.spec())?;
+        if lm.spec().decoder_start.is_some() {
+            return Err(Error::unsupported("PPLM over an encoder–decoder", "decoder-only models"));
+        }
         if lm.sites().of_kind(SiteKind::Attention).next().is_none() {
             return Err(Error::unsupported(
                 "PPLM over a model without attention sites",

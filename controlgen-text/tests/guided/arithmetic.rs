@@ -1,16 +1,20 @@
 //! Sums of models against the sums written out.
 
 use controlgen_core::testing::TableLm;
-use controlgen_core::{LanguageModel, Placement, TokenControls};
+use controlgen_core::{
+    At, Binding, Control, Controls, Error, Lane, Lanes, LanguageModel, LmInput, Pass, Placement, Result,
+    SiteId, SiteKind, SiteMap, TokenControls,
+};
 use controlgen_text::arithmetic::{
     Expression, ModelArithmetic, Term, classifier_free_guidance, contrastive_decoding, dexperts,
     improved_contrastive_decoding,
 };
 use controlgen_text::models;
-use controlgen_text::search::{BeamSearch, Choice, EarlyStopping, Search, Smc, Speculative};
+use controlgen_text::search::{BeamSearch, Choice, EarlyStopping, Search, Smc, Speculative, Task, prefill};
+use tch::Tensor;
 
 use crate::counting::Counting;
-use crate::{PROMPT, enumerate, folder, normalised, p_value, run, said, table};
+use crate::{EOS, LENGTH, PROMPT, enumerate, folder, normalised, p_value, run, said, table};
 
 const INSTEAD: [i64; 2] = [4, 2];
 const PREFIX: [i64; 4] = [3, 3, 4, 2];
@@ -237,14 +241,102 @@ fn terms_are_what_the_model_says_alone() {
     }
 }
 
+/// Of an encoder–decoder the encoder reads what the terms read, and the decoder what is said.
+#[test]
+fn terms_of_an_encoder_decoder() {
+    tch::set_num_threads(1);
+    for name in ["t5_v1_0", "t5_v1_1"] {
+        let lm = models::open(&folder(name), Placement::CPU).unwrap();
+        let a = Term::new(lm.handle());
+        let (prefix, instead) = ([11i64, 30, 9], [7i64, 12, 3, 20, 31, 2, 5]);
+        let terms = || &a + 0.5 * a.after(prefix) - 0.25 * a.instead(instead) - 0.5 * a.last_token();
+        let sum = ModelArithmetic::new(terms()).unwrap();
+        let texts: [Vec<i64>; 2] = [vec![5, 17, 40, 8], vec![33, 2]];
+        let more = [vec![4i64, 9, 21], vec![13, 1, 6]];
+        let found = scores(&sum, &texts, &more);
+        for (i, text) in texts.iter().enumerate() {
+            let alone = |text: &[i64]| scores(&*lm, &[text.to_vec()], &more[i..=i]);
+            let expected = alone(text) + alone(&[&prefix[..], text].concat()) * 0.5
+                - alone(&instead) * 0.25
+                - alone(&text[text.len() - 1..]) * 0.5;
+            let worst = (found.narrow(0, i as i64, 1) - expected).abs().max().double_value(&[]);
+            assert!(worst < 1e-4, "{name}, text {i}: {worst}");
+        }
+        let search = BeamSearch::new(3).unwrap();
+        let together = run(&sum, &texts, &TokenControls::new(), &search, 2);
+        let alone = run(&sum, &texts[1..], &TokenControls::new(), &search, 2);
+        let of_batch: Vec<_> = together.iter().filter(|h| h.prompt == 1).map(|h| h.ids.clone()).collect();
+        assert_eq!(of_batch, alone.iter().map(|h| h.ids.clone()).collect::<Vec<_>>(), "{name}");
+        // A decoder-only model has no use for an encoder's input.
+        let decoder = Term::new(Box::new(table(lm.spec().vocab, 1)));
+        let mixed = ModelArithmetic::new(&a + &decoder).unwrap();
+        let begun = prefill(&mixed, &texts, &Pass::default(), 0).map(drop);
+        assert!(matches!(begun, Err(Error::Unsupported { .. })), "{begun:?}");
+    }
+}
+
+/// Adds to the score of token 3 what the lane's sample says.
+struct ByLane(SiteId);
+
+impl Control for ByLane {
+    fn handle(&self) -> Box<dyn Control> {
+        Box::new(Self(self.0))
+    }
+    fn bind(&self, _sites: &SiteMap, to: &mut Binding<'_>) -> Result<()> {
+        to.at(self.0, 0);
+        Ok(())
+    }
+    fn linear(&self, at: At<'_>, _x: &Tensor, y: Tensor) -> Result<Tensor> {
+        let lanes = at.pass.lanes.unwrap().rows();
+        assert_eq!(lanes.len() as i64, y.size()[0], "one lane a row");
+        for (row, lane) in (0i64..).zip(lanes) {
+            let _ = y.get(row).select(-1, 3).g_add_scalar_(f64::from(lane.sample));
+        }
+        Ok(y)
+    }
+}
+
+/// Controls at sites act on every term over their model, on each row with its own lane, and follow the rows.
+#[test]
+fn lanes_go_with_all_terms() {
+    let m = Models::new();
+    let lm = ModelArithmetic::new(&m.of_a - 0.5 * m.of_a.instead(INSTEAD) + 0.7 * &m.of_b).unwrap();
+    let head = lm.sites().of_kind(SiteKind::Linear).last().unwrap().0;
+    let stack = Controls::bind(lm.sites(), vec![Box::new(ByLane(head))]).unwrap();
+    let lane = |sample| Lane { sample, ..Lane::default() };
+    let lanes = Lanes::new(vec![lane(2), lane(0), lane(1)]);
+    let prompts = [PROMPT.to_vec(), vec![2], vec![4, 0]];
+    let pass = Pass { controls: Some(&stack), lanes: Some(&lanes), ..Pass::default() };
+    let controls = TokenControls::new();
+    let (max_new_tokens, eos, n) = (LENGTH, &[EOS][..], 3);
+    let task = Task { lm: &lm, prompts: &prompts, controls: &controls, pass, max_new_tokens, eos, n };
+    let search =
+        BeamSearch::new(700).unwrap().length_penalty(0.0).unwrap().early_stopping(EarlyStopping::Exhausted);
+    let found = search.run(&task, &mut ()).unwrap();
+    for (i, prompt) in prompts.iter().enumerate() {
+        let shifted = |mut log_p: Vec<f64>| {
+            log_p[3] += [2.0, 0.0, 1.0][i];
+            normalised(&log_p)
+        };
+        let mut expected = enumerate(&|s| {
+            let a = shifted(m.a(prompt, s));
+            normalised(&weighted(&[(1.0, a), (-0.5, shifted(m.a(&INSTEAD, s))), (0.7, m.b(prompt, s))]))
+        });
+        expected.sort_by(|a, b| b.1.total_cmp(&a.1));
+        let found: Vec<_> = found.iter().filter(|h| h.prompt == i).collect();
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found.score - expected.1).abs() < 1e-4, "prompt {i}: {found:?} {expected:?}");
+        }
+    }
+}
+
 /// log p `[B, T, V]` after the texts and after each of the tokens that follow, but the last.
-fn scores(lm: &dyn LanguageModel, texts: &[Vec<i64>], more: &[Vec<i64>]) -> tch::Tensor {
-    use controlgen_core::{LmInput, Pass};
+fn scores(lm: &dyn LanguageModel, texts: &[Vec<i64>], more: &[Vec<i64>]) -> Tensor {
     let is_sum = (lm as &dyn std::any::Any).is::<ModelArithmetic>();
     let pass = Pass::default();
-    let (mut state, first) = controlgen_text::search::prefill(lm, texts, &pass, 0).unwrap();
-    let ids = tch::Tensor::from_slice(&more.concat()).view([texts.len() as i64, -1]);
+    let (mut state, first) = prefill(lm, texts, &pass, 0).unwrap();
+    let ids = Tensor::from_slice(&more.concat()).view([texts.len() as i64, -1]);
     let rest = lm.forward(LmInput::ids(&ids), &mut state, &pass).unwrap().logits;
-    let all = tch::Tensor::cat(&[first.unsqueeze(1), rest], 1);
+    let all = Tensor::cat(&[first.unsqueeze(1), rest], 1);
     if is_sum { all } else { all.log_softmax(-1, tch::Kind::Float) }
 }

@@ -203,6 +203,8 @@ fn bad_input() {
     let narrow = LinearHead::new(&zeros(&[3, 4]), &zeros(&[3]), 0).unwrap();
     told(Pplm::new(lm.handle(), narrow, usual), "as wide as the model, found [3, 4]");
     told(Pplm::new(Box::new(table(5, 1)), bag(), usual), "PPLM over a model without attention sites");
+    let t5 = Pplm::new(open("t5_v1_0"), bag(), usual);
+    told(t5, "PPLM over an encoder–decoder");
     let _guard = tch::no_grad_guard();
     let wrong: [(fn(&Seen<'_>) -> Tensor, &str); 2] = [
         (|seen| seen.log_p.sum(Kind::Float), "loss of an attribute: expected shape [1], one a row, found []"),
