@@ -115,7 +115,7 @@ impl Readings {
                 Source::Encoder(input) => {
                     let len = input.validate(self.base().spec())?.1;
                     group.check_table(&input, self.base())?;
-                    let made = group.prompt(&input, rows, len)?;
+                    let made = group.prompt(&input, rows, len)?.padding_first()?;
                     group.lm.start(Source::Encoder(made.input(&input)), &pass)?
                 }
             });
@@ -151,7 +151,7 @@ impl Readings {
             ));
         }
         let first = state.len == 0 && !state.encoded;
-        let call = Call { input, batch, len, first, base: self.base() };
+        let call = Call { input, batch, len, first, encoded: state.encoded, base: self.base() };
         let mut said = Vec::with_capacity(self.groups.len());
         for (i, group) in self.groups.iter().enumerate() {
             // What is seen of a pass is seen of the first reading's.
@@ -219,14 +219,14 @@ impl Group {
 
     /// The logits of all its readings, reading by reading.
     fn forward(&self, call: &Call<'_>, state: &mut State, pass: &Pass<'_>) -> Result<Tensor> {
-        let &Call { input, batch, len, first, base } = call;
+        let &Call { input, batch, len, first, encoded, base } = call;
         let controls = self.controls(pass);
         self.check_table(&input, base)?;
         let plain = matches!(&self.reads[..], [Reads::After(prefix)] if prefix.is_empty());
         if plain && self.device() == base.spec().placement.device {
             return Ok(self.lm.forward(input, state, &Pass { controls, ..*pass })?.logits);
         }
-        let made = if first { self.prompt(&input, batch, len)? } else { self.next(&input)? };
+        let made = if first { self.prompt(&input, batch, len)? } else { self.next(&input, encoded)? };
         let every: Vec<i64> = (0..self.count()).flat_map(|_| 0..batch).collect();
         let mut lanes: Option<Lanes> = pass.lanes.cloned();
         lanes.iter_mut().try_for_each(|lanes| lanes.reorder(&every))?;
@@ -319,7 +319,7 @@ impl Group {
     }
 
     /// A later call: every reading goes on with the same tokens.
-    fn next(&self, input: &LmInput<'_>) -> Result<Made> {
+    fn next(&self, input: &LmInput<'_>, encoded: bool) -> Result<Made> {
         let device = self.device();
         let repeat = |t: &Tensor| -> Result<Tensor> {
             let mut times = vec![1; t.dim()];
@@ -330,8 +330,13 @@ impl Group {
         let mut positions = Vec::new();
         if let Some(given) = input.positions {
             for reads in &self.reads {
-                let Reads::After(prefix) = reads else { return Err(no_positions()) };
-                positions.push(given.f_to_device(device)?.f_add_scalar(prefix.len() as i64)?);
+                let before = match reads {
+                    // The decoder reads the same in all.
+                    _ if encoded => 0,
+                    Reads::After(prefix) => prefix.len() as i64,
+                    _ => return Err(no_positions()),
+                };
+                positions.push(given.f_to_device(device)?.f_add_scalar(before)?);
             }
         }
         let positions = if positions.is_empty() { None } else { Some(Tensor::f_cat(&positions, 0)?) };
@@ -353,6 +358,8 @@ struct Call<'a> {
     len: i64,
     /// Whether it is the prompt.
     first: bool,
+    /// Whether encoders have read the prompts.
+    encoded: bool,
     base: &'a dyn LanguageModel,
 }
 
@@ -365,6 +372,22 @@ struct Made {
 }
 
 impl Made {
+    /// With all padding before all tokens, for models that count distances by columns: what is padded between a prefix
+    /// and the prompt would part them.
+    fn padding_first(self) -> Result<Self> {
+        let Some(keep) = &self.keep else { return Ok(self) };
+        let order = keep.f_to_kind(Kind::Int64)?.f_argsort_stable(true, 1, false)?;
+        let gather = |t: &Tensor| -> Result<Tensor> {
+            if t.dim() == 2 {
+                return Ok(t.f_gather(1, &order, false)?);
+            }
+            let index = order.f_unsqueeze(-1)?.f_expand([-1, -1, t.size()[2]], false)?;
+            Ok(t.f_gather(1, &index, false)?)
+        };
+        let positions = self.positions.as_ref().map(gather).transpose()?;
+        Ok(Self { tokens: gather(&self.tokens)?, keep: Some(gather(keep)?), positions })
+    }
+
     /// As an input like the one it was made of.
     fn input(&self, of: &LmInput<'_>) -> LmInput<'_> {
         let input = match of.tokens {
