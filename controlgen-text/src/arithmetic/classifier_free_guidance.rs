@@ -22,7 +22,10 @@ use super::{Expression, Term};
 /// use controlgen_text::TextModel;
 ///
 /// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
-/// let guided = model.generate("The film was").guidance(3.0, "A sad film. The film was");
+/// let guided = model.generate("Write about the sea. The").guidance_scale(2.0);
+/// // " sea is my home. I am a sailor. I sail the seas. I have a ship. I have a crew", where the model says
+/// // " sea is a place where the human imagination meets the ocean. It's a place where the boundaries between the
+/// // physical and the"
 /// println!("{:?}", guided.max_new_tokens(24).run()?.text());
 /// # Ok(())
 /// # }

@@ -15,6 +15,23 @@ use super::{Expression, Term};
 /// its τ 0.5 (GPT-2) or 1 (OPT), and the scores are searched by 5 beams.
 ///
 /// *Cost*: the amateur's.
+///
+/// ```no_run
+/// # fn main() -> controlgen_core::Result<()> {
+/// use controlgen_core::Placement;
+/// use controlgen_text::{TextModel, arithmetic::contrastive_decoding};
+///
+/// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+/// let contrast = model.arithmetic(|m| Ok(contrastive_decoding(&m.prompt(), &m.last_token(), 0.1)))?;
+/// let done = contrast.generate("The old library was").max_new_tokens(24).run()?;
+/// // " repurposed as a museum and now it has become a hub for literary studies, and now the old library is also a", where
+/// // the model says
+/// // " a place where people could come to learn about the world around them. It was a place where they could learn about
+/// // different"
+/// println!("{:?}", done.text());
+/// # Ok(())
+/// # }
+/// ```
 pub fn contrastive_decoding(expert: &Term, amateur: &Term, alpha: f64) -> Expression {
     (expert - amateur).plausible(expert, alpha)
 }
@@ -27,6 +44,22 @@ pub fn contrastive_decoding(expert: &Term, amateur: &Term, alpha: f64) -> Expres
 /// ```
 ///
 /// *Cost*: the amateur's.
+///
+/// ```no_run
+/// # fn main() -> controlgen_core::Result<()> {
+/// use controlgen_core::Placement;
+/// use controlgen_text::{TextModel, arithmetic::improved_contrastive_decoding};
+///
+/// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+/// let contrast = |m: &controlgen_text::TextTerms<'_>| {
+///     Ok(improved_contrastive_decoding(&m.prompt(), &m.last_token(), 0.1, 0.5))
+/// };
+/// let done = model.arithmetic(contrast)?.generate("The old library was").max_new_tokens(24).run()?;
+/// // " repurposed as a museum, but the new one was repurposed as a library. The old library was repurposed as"
+/// println!("{:?}", done.text());
+/// # Ok(())
+/// # }
+/// ```
 pub fn improved_contrastive_decoding(expert: &Term, amateur: &Term, alpha: f64, beta: f64) -> Expression {
     ((1.0 + beta) * expert - beta * amateur).plausible(expert, alpha)
 }

@@ -14,6 +14,26 @@ use super::{Expression, Term};
 /// (sentiment).
 ///
 /// *Cost*: three rows for one, or three calls.
+///
+/// ```no_run
+/// # fn main() -> controlgen_core::Result<()> {
+/// use controlgen_core::Placement;
+/// use controlgen_text::{TextModel, arithmetic::dexperts};
+///
+/// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+/// let praising = model.arithmetic(|m| {
+///     let good = m.after("A review that praises the film.\n\n")?;
+///     let bad = m.after("A review that condemns the film.\n\n")?;
+///     Ok(dexperts(&m.prompt(), &good, &bad, 2.0))
+/// })?;
+/// let done = praising.generate("The film was").max_new_tokens(24).run()?;
+/// // " praised for its innovative approach to storytelling and its ability to tackle complex themes in a way that was
+/// // both thought-provoking and", where the model says
+/// // " a film about a young woman named Aria who is a 17-year-old girl who is a part"
+/// println!("{:?}", done.text());
+/// # Ok(())
+/// # }
+/// ```
 pub fn dexperts(base: &Term, expert: &Term, anti_expert: &Term, alpha: f64) -> Expression {
     base + alpha * (expert - anti_expert)
 }

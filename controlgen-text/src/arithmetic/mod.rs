@@ -24,11 +24,12 @@
 //! use controlgen_text::TextModel;
 //!
 //! let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
-//! let children = model.arithmetic(|m| {
-//!     Ok(m.prompt() + 0.8 * m.after("A story for small children, in short and simple words.\n\n")?
-//!         - 0.8 * m.after("A report for engineers, in long and technical words.\n\n")?)
+//! let pirate = model.arithmetic(|m| {
+//!     Ok(m.prompt() + 0.8 * m.after("I am a pirate.\n\n")? - 0.8 * m.after("I am a teacher.\n\n")?)
 //! })?;
-//! let done = children.generate("The rocket").max_new_tokens(32).run()?;
+//! let done = pirate.generate("My day at school:").max_new_tokens(24).run()?;
+//! // "\n\n* The first day: I was a young man, eager to prove myself. I had a trusty old sail", where the model says
+//! // "\n\n* Monday: 8:30am-9:30am\n* Tuesday: 9:"
 //! println!("{:?}", done.text());
 //! # Ok(())
 //! # }

@@ -10,7 +10,8 @@ use crate::models;
 /// log p(v | what it reads) of one model.
 ///
 /// The terms that a term's methods make, and its clones, are over the same model: they are rows of one forward call. Two
-/// terms of [`Term::new`] count as different models, whatever their weights.
+/// terms of [`Term::new`] count as different models, whatever their weights. Of an encoder–decoder the prompt, or what stands
+/// for it, is what the encoder reads.
 pub struct Term {
     lm: Box<dyn LanguageModel>,
     pub(super) of: Identity,

@@ -52,6 +52,49 @@ pub trait FutureDiscriminator: Clone + Send + 'static {
 /// share is left in.
 ///
 /// *Cost*: the k best of `[B, V]`, and the discriminator on `[B, k]` candidates at each step.
+///
+/// ```no_run
+/// use std::sync::Arc;
+///
+/// use controlgen_core::{Placement, Result};
+/// use controlgen_text::TextModel;
+/// use controlgen_text::controls::{Fudge, FutureDiscriminator};
+/// use tch::Tensor;
+///
+/// /// Expects no text without the letter e once there is one: which tokens have it.
+/// #[derive(Clone)]
+/// struct Lipogram(Arc<Vec<bool>>);
+///
+/// impl FutureDiscriminator for Lipogram {
+///     type State = ();
+///     fn vocab(&self) -> i64 {
+///         self.0.len() as i64
+///     }
+///     fn start(&self, _prompts: &[Vec<i64>]) -> Result<()> {
+///         Ok(())
+///     }
+///     fn log_probs(&self, _state: &mut (), candidates: &Tensor) -> Result<Tensor> {
+///         let ids: Vec<i64> = Vec::try_from(candidates.f_reshape([-1])?)?;
+///         let log_p: Vec<f32> = ids.iter().map(|&id| if self.0[id as usize] { -6.0 } else { -0.1 }).collect();
+///         Ok(Tensor::f_from_slice(&log_p)?.f_view_as(candidates)?)
+///     }
+///     fn advance(&self, _state: &mut (), _tokens: &[i64]) -> Result<()> {
+///         Ok(())
+///     }
+/// }
+///
+/// # fn main() -> Result<()> {
+/// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+/// let has_e = |id| model.tokenizer().token_bytes(id).is_some_and(|bytes| bytes.contains(&b'e'));
+/// let lipogram = Lipogram(Arc::new((0..model.lm().spec().vocab).map(has_e).collect()));
+/// let fudge = Fudge::new(lipogram, 1.0, 50)?;
+/// let done = model.generate("The film was").with(fudge).max_new_tokens(16).run()?;
+/// // " a film about a young woman who is a spy. In it, a woman", where the model says
+/// // " a film about a young woman named Aria who is a 17-"
+/// println!("{:?}", done.text());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Fudge<D> {
     discriminator: D,

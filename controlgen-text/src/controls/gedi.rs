@@ -33,9 +33,14 @@ use crate::search::padded;
 /// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
 /// let terms = model.terms();
 /// let classes = [terms.after("A review of a wonderful film: ")?, terms.after("A review of a terrible film: ")?];
-/// let good = Gedi::new(&classes, 0, 30.0)?;
-/// let done = model.generate("The film").with(good).with(TopP::new(0.9)?).sample(1).max_new_tokens(24).run()?;
-/// println!("{:?}", done.text());
+/// for desired in [0, 1] {
+///     let gedi = Gedi::new(&classes, desired, 30.0)?.filter(0.2, 0.8)?;
+///     let film = model.generate("The film").with(gedi).with(TopP::new(0.9)?);
+///     println!("{:?}", film.sample(4).max_new_tokens(20).run()?.text());
+/// }
+/// // " Family provides a unique perspective into the lives of individuals with extraordinary experiences that touch
+/// // various aspects of life."
+/// // " that killed ten million people already portrayed.\n\n7. Criminalization: All racial minorities are born with"
 /// # Ok(())
 /// # }
 /// ```
@@ -60,6 +65,18 @@ struct Class {
 struct Filter {
     rho: f64,
     log_tau: f64,
+}
+
+impl Filter {
+    /// Bans what it does not leave, of scores and log P(c | x, v), `[B, V]` both.
+    fn ban(self, logits: &mut Tensor, posterior: &Tensor) -> Result<()> {
+        let (sorted, order) = posterior.f_sort(-1, true)?;
+        let p = logits.f_softmax(-1, Kind::Double)?.f_gather(1, &order, false)?;
+        let before = p.f_cumsum(-1, Kind::Double)?.f_sub(&p)?;
+        let out = before.f_ge(self.rho)?.f_logical_and(&sorted.f_le(self.log_tau)?)?;
+        let banned = out.f_zeros_like()?.f_scatter(1, &order, &out)?;
+        scores::ban_where(logits, &banned)
+    }
 }
 
 impl Clone for Gedi {
@@ -187,16 +204,6 @@ impl Gedi {
         state.pending.iter_mut().for_each(Vec::clear);
         Ok(())
     }
-
-    /// Bans what the filter does not leave, of scores and log P(c | x, v), `[B, V]` both.
-    fn keep(&self, filter: Filter, logits: &mut Tensor, posterior: &Tensor) -> Result<()> {
-        let (sorted, order) = posterior.f_sort(-1, true)?;
-        let p = logits.f_softmax(-1, Kind::Double)?.f_gather(1, &order, false)?;
-        let before = p.f_cumsum(-1, Kind::Double)?.f_sub(&p)?;
-        let out = before.f_ge(filter.rho)?.f_logical_and(&sorted.f_le(filter.log_tau)?)?;
-        let banned = out.f_zeros_like()?.f_scatter(1, &order, &out)?;
-        scores::ban_where(logits, &banned)
-    }
 }
 
 /// What [`Gedi`] remembers.
@@ -261,7 +268,7 @@ impl TokenControl for Gedi {
         let change = change.f_to_kind(Kind::Float)?.f_to_device(logits.device())?;
         let _ = logits.f_add_(&change)?;
         if let Some(filter) = self.filter {
-            self.keep(filter, &mut logits, &posterior.f_to_device(change.device())?)?;
+            filter.ban(&mut logits, &posterior.f_to_device(change.device())?)?;
         }
         Ok(logits)
     }

@@ -18,7 +18,8 @@ impl TextTerms<'_> {
         self.prompt.clone()
     }
 
-    /// What it says after this text and the prompt, each tokenized by itself: under an instruction.
+    /// What it says after this text and the prompt: under an instruction. Each is tokenized by itself; a token that the
+    /// tokenizer begins texts with is there twice.
     ///
     /// # Errors
     /// The tokenizer's.
@@ -108,7 +109,8 @@ impl Prompt {
 
 impl Generate<'_> {
     /// Leads away from what the model says after a negative prompt in the prompt's place, by
-    /// [`classifier_free_guidance`]: a scale of 1 does nothing, the paper's are 1.25 to 3. The last guidance said counts.
+    /// [`classifier_free_guidance`]: a scale of 1 does nothing, the paper's are 1.25 to 3. Log-probabilities are then the
+    /// guided model's. The last guidance said counts.
     #[must_use]
     pub fn guidance(mut self, scale: f64, negative_prompt: impl Into<String>) -> Self {
         self.guidance = Some(Guidance { scale, negative: Some(Prompt::Text(negative_prompt.into())) });

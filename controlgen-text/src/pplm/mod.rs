@@ -103,7 +103,12 @@ impl PplmSettings {
 ///
 /// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
 /// let space = BagOfWords::words(model.tokenizer(), ["planet", "star", "galaxy", "moon", "orbit", "space"])?;
-/// let steered = model.with_lm(Box::new(Pplm::new(model.lm().handle(), space, PplmSettings::default())?))?;
+/// let settings = PplmSettings { step_size: 0.06, ..PplmSettings::default() };
+/// let steered = model.with_lm(Box::new(Pplm::new(model.lm().handle(), space, settings)?))?;
+/// // " the potential for a new planet to exist in the galaxy, but it was the galaxy itself that was the planet's home",
+/// // where the model says
+/// // " the potential impact of climate change on the tourism industry, but it didn't provide a clear answer to the
+/// // question of how"
 /// println!("{:?}", steered.generate("The issue focused on").max_new_tokens(24).run()?.text());
 /// # Ok(())
 /// # }
