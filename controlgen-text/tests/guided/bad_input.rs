@@ -19,7 +19,7 @@ fn term(vocab: i64) -> Term {
 
 #[track_caller]
 pub fn told<T>(made: Result<T>, words: &str) {
-    let error = made.err().expect("an error");
+    let Err(error) = made else { panic!("no error, where {words:?} was expected") };
     assert!(error.to_string().contains(words), "{error}");
 }
 
@@ -99,7 +99,9 @@ fn what_was_not_read_is_not_told_and_not_forgotten() {
 
 /// Says the wrong thing.
 #[derive(Clone)]
-struct Wrong(fn(&Tensor) -> Tensor);
+struct Wrong(Says);
+
+type Says = fn(&Tensor) -> Tensor;
 
 impl FutureDiscriminator for Wrong {
     type State = ();
@@ -131,9 +133,9 @@ fn discriminators() {
         wider.score(&mut state, logits()),
         "vocabulary of a discriminator: expected 5 tokens, as the model has, found 6",
     );
-    let wrong: [(fn(&Tensor) -> Tensor, &str); 4] = [
+    let wrong: [(Says, &str); 4] = [
         (|c| c.narrow(1, 0, 1).to_kind(Kind::Float), "expected shape [2, 3], one a candidate, found [2, 1]"),
-        (|c| c * 0, "expected element type a floating-point type, found Int64"),
+        (Tensor::shallow_clone, "expected element type a floating-point type, found Int64"),
         (|c| c.to_kind(Kind::Float) * f64::NAN, "NaN at a candidate"),
         (|c| c.to_kind(Kind::Float) * 0.0 + 0.5, "expected at most 0, found 0.5"),
     ];

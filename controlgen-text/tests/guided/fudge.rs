@@ -52,15 +52,12 @@ impl FutureDiscriminator for Exact {
 
     fn log_probs(&self, state: &mut Self::State, candidates: &Tensor) -> Result<Tensor> {
         let k = candidates.size()[1] as usize;
-        let candidates: Vec<i64> = Vec::try_from(candidates.reshape([-1]))?;
-        let told: Vec<f32> = candidates
-            .iter()
-            .enumerate()
-            .map(|(i, &token)| {
-                let text = [state[i / k].as_slice(), &[token]].concat();
-                self.probability.get(&text).copied().unwrap_or(0.5).ln() as f32
-            })
-            .collect();
+        let all: Vec<i64> = Vec::try_from(candidates.reshape([-1]))?;
+        let told = |(text, candidates): (&Vec<i64>, &[i64])| {
+            let after = |token: &i64| self.probability.get(&[text.as_slice(), &[*token]].concat()).copied();
+            candidates.iter().map(|token| after(token).unwrap_or(0.5).ln() as f32).collect::<Vec<f32>>()
+        };
+        let told: Vec<f32> = state.iter().zip(all.chunks_exact(k)).flat_map(told).collect();
         Ok(Tensor::from_slice(&told).view([-1, k as i64]))
     }
 

@@ -159,7 +159,9 @@ fn searches() {
 }
 
 /// Loses the graph, or says the wrong thing.
-struct Broken(fn(&Seen<'_>) -> Tensor);
+struct Broken(Loss);
+
+type Loss = fn(&Seen<'_>) -> Tensor;
 
 impl Attribute for Broken {
     fn handle(&self) -> Box<dyn Attribute> {
@@ -206,7 +208,7 @@ fn bad_input() {
     let t5 = Pplm::new(open("t5_v1_0"), bag(), usual);
     told(t5, "PPLM over an encoder–decoder");
     let _guard = tch::no_grad_guard();
-    let wrong: [(fn(&Seen<'_>) -> Tensor, &str); 2] = [
+    let wrong: [(Loss, &str); 2] = [
         (|seen| seen.log_p.sum(Kind::Float), "loss of an attribute: expected shape [1], one a row, found []"),
         (|seen| seen.log_p.narrow(1, 0, 1).squeeze_dim(1) * f64::NAN, "NaN"),
     ];
