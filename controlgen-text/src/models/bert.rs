@@ -253,7 +253,7 @@ impl Body {
         let c = &*self.config;
         let (b, t) = input.tokens.validate(input.keep, c.vocab_size, c.hidden_size, self.placement.kind)?;
         pass.check(sites, b)?;
-        let mask = encoder_mask(input.keep)?;
+        let mask = encoder_mask(input.keep, self.placement.device)?;
         let places = self.places(&input, (b, t), &pass.position_offset()?)?; // (1 or B, T, D)
 
         let x = self.word_embeddings.forward(input.tokens, pass)?;

@@ -21,7 +21,7 @@ use controlgen_core::{
     Classifier, Encoder, EncoderInput, Error, LanguageModel, Mask, MaskedLm, Placement, Result, SiteId,
     SiteMap, Source, Tokens, WeightMap,
 };
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use bert::{Bert, BertConfig, BertInput};
 pub use bert_classifier::BertClassifier;
@@ -209,7 +209,7 @@ fn text_of(input: EncoderInput<'_>) -> Result<(Tokens<'_>, Option<&Tensor>)> {
 /// What an encoder's queries see: all that is no padding. `keep` is boolean `[B, T]`.
 ///
 /// A row of nothing but padding is refused: its attention would be over no key.
-fn encoder_mask(keep: Option<&Tensor>) -> Result<Mask> {
+fn encoder_mask(keep: Option<&Tensor>, device: Device) -> Result<Mask> {
     let Some(keep) = keep else { return Ok(Mask::Full) };
     let kept: Vec<i64> = Vec::try_from(keep.f_sum_dim_intlist(&[1i64][..], false, Kind::Int64)?)?;
     if let Some(row) = kept.iter().position(|&n| n == 0) {
@@ -218,7 +218,7 @@ fn encoder_mask(keep: Option<&Tensor>) -> Result<Mask> {
     if kept.iter().all(|&n| n == keep.size()[1]) {
         return Ok(Mask::Full);
     }
-    Ok(Mask::Keep(keep.f_unsqueeze(1)?.f_unsqueeze(1)?)) // (B, 1, 1, T)
+    Ok(Mask::Keep(keep.f_to_device(device)?.f_unsqueeze(1)?.f_unsqueeze(1)?)) // (B, 1, 1, T)
 }
 
 /// The weight of an output product, and whether it is the table of embeddings: the checkpoint's own where it has one that

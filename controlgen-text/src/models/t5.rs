@@ -249,7 +249,7 @@ impl LanguageModel for T5 {
             cross: cross.collect::<Result<_>>()?,
             cache: KvCache::new(&self.sites, self.blocks.len(), rows, self.spec.context),
             positions: None,
-            mask: encoder_mask(input.keep)?,
+            mask: encoder_mask(input.keep, self.spec.placement.device)?,
             origin: (0..rows).collect(),
         }))
     }

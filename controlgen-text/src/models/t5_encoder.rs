@@ -297,7 +297,7 @@ impl Stack {
         pass: &Pass<'_>,
     ) -> Result<Tensor> {
         let mut x = self.embed_tokens.forward(tokens, pass)?; // (B, T, D)
-        let mask = masked(self.bias.range(0, x.size()[1])?, &encoder_mask(keep)?)?;
+        let mask = masked(self.bias.range(0, x.size()[1])?, &encoder_mask(keep, x.device())?)?;
         for (attention, feed_forward) in &self.blocks {
             let [q, k, v] = attention.project(c, &x, pass)?;
             let attn = Attn { q, k, v, mask: mask.handle(), scale: Some(1.0) };
