@@ -23,6 +23,7 @@
 //! }
 //! ```
 
+pub mod arithmetic;
 pub mod chat;
 pub mod controls;
 pub mod energies;
@@ -35,6 +36,7 @@ pub mod grammar;
 pub mod hub;
 pub mod lexical;
 pub mod models;
+pub mod pplm;
 pub mod sample;
 mod score;
 pub mod search;
@@ -43,8 +45,8 @@ pub mod tokenizer;
 pub mod words;
 
 pub use generate::{
-    Completion, Generate, Generation, GenerationConfig, Method, OneOrMany, Piece, TextModel, WatermarkConfig,
-    WordFeature,
+    Completion, Generate, Generation, GenerationConfig, Method, OneOrMany, Piece, TextModel, TextTerms,
+    WatermarkConfig, WordFeature,
 };
 pub use score::{Scored, score_completions, score_text};
 pub use sentence::{Pooling, SentenceEncoder};

@@ -104,6 +104,38 @@ fn greedy_tokens_equal_those_of_transformers() {
     println!("36 of 36 continuations; log-probabilities differ by at most {worst:.2e}");
 }
 
+/// The cases of `benches/reference/guidance_fixtures.py`.
+#[test]
+fn guided_texts_equal_those_of_transformers() {
+    let fixture: Value = serde_json::from_slice(&std::fs::read(fixture("guidance.json")).unwrap()).unwrap();
+    let numbers = |value: &Value| -> Vec<i64> {
+        value.as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect()
+    };
+    let prompts: Vec<Vec<i64>> = fixture["prompts"].as_array().unwrap().iter().map(numbers).collect();
+    let mut same = 0;
+    for case in fixture["cases"].as_array().unwrap() {
+        let model = with_tokenizer(case["model"].as_str().unwrap());
+        let mut config = case["config"].clone();
+        config["eos_token_id"] = json!([]);
+        let line = generate(model.path(), &config, &as_strs(&flags(&prompts)));
+        for (sequence, expected) in sequences(&line).iter().zip(case["expected"].as_array().unwrap()) {
+            assert_eq!(ids(sequence), numbers(&expected["ids"]), "{config}");
+            same += 1;
+        }
+    }
+    assert_eq!(same, 96);
+    // A negative prompt in words is its ids: ` ABC…Zabc…z` are tokens 0, 1, 2, ….
+    let model = with_tokenizer("llama_gqa_tied");
+    let config = |negative: Value| {
+        let mut config = json!({ "max_new_tokens": 8, "eos_token_id": [], "guidance_scale": 2.5 });
+        config.as_object_mut().unwrap().extend(negative.as_object().unwrap().clone());
+        generate(model.path(), &config, &["--prompt", "de A"])["sequences"].clone()
+    };
+    let said = config(json!({ "negative_prompt": "e AB" }));
+    assert_eq!(said, config(json!({ "negative_prompt_ids": [31, 0, 1, 2] })));
+    assert_ne!(said, config(json!({})));
+}
+
 /// transformers pads with 0 after the end token; ours end before it.
 #[test]
 fn an_end_token_ends_its_row_alone() {
