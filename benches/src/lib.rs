@@ -7,6 +7,7 @@ pub mod grammars;
 pub mod lexical;
 pub mod models;
 pub mod paired;
+pub mod sentiment;
 
 use std::process::ExitCode;
 

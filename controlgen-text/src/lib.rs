@@ -24,6 +24,7 @@
 //! ```
 
 pub mod chat;
+pub mod classifiers;
 pub mod controls;
 pub mod energies;
 pub mod evaluation;

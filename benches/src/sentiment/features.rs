@@ -1,0 +1,181 @@
+//! What a language model makes of the reviews: hidden states, kept on disk, so that heads can be trained many times.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use controlgen_core::checkpoint::{Safetensors, TensorSource, save};
+use controlgen_core::energy::Text;
+use controlgen_core::{Error, Placement, Result};
+use controlgen_text::TextModel;
+use controlgen_text::classifiers::{Example, Labelled, LmStates};
+use tch::{Device, Kind, Tensor};
+
+use super::texts::{self, PARTS};
+
+/// The blocks before which states are taken.
+pub const BLOCKS: [i64; 5] = [8, 12, 16, 20, 24];
+/// The one of which states of prefixes are kept.
+pub const PREFIX_BLOCK: usize = 2;
+/// Of a text every third prefix is kept, and the whole.
+const STRIDE: usize = 3;
+/// Texts of a file.
+const CHUNK: usize = 256;
+/// Texts of a pass.
+const BATCH: usize = 16;
+
+/// The site that reads the normed residual stream before a block.
+pub fn site(block: i64) -> String {
+    format!("model.layers.{block}.self_attn.q_proj")
+}
+
+/// What to run on.
+pub struct Run {
+    pub texts: PathBuf,
+    pub model: PathBuf,
+    /// A folder.
+    pub out: PathBuf,
+    /// How many tokens of a text.
+    pub tokens: usize,
+    /// How many of IMDB's reviews of the first two parts; of the other source, and of the held-out part, all.
+    pub reviews: [usize; 2],
+}
+
+/// The texts of each part that features are made of.
+pub fn chosen(run: &Run) -> Result<Vec<Labelled>> {
+    let parts = texts::parts(&run.texts)?;
+    let cut = |(i, part): (usize, &Labelled)| {
+        let Some(&most) = run.reviews.get(i) else { return Ok(part.clone()) };
+        let mut left = most;
+        let keep = |example: &&Example| {
+            let long = example.group == "imdb";
+            let keep = !long || left > 0;
+            left -= usize::from(long && keep);
+            keep
+        };
+        part.with(part.examples().iter().filter(keep).cloned().collect())
+    };
+    parts.iter().enumerate().map(cut).collect()
+}
+
+/// The file of a chunk.
+fn file(folder: &Path, part: usize, chunk: usize) -> PathBuf {
+    folder.join(format!("{}-{chunk:03}.safetensors", PARTS[part]))
+}
+
+/// Writes the files that are not there yet: the parts in turn, so that an unfinished run has some of each.
+pub fn extract(run: &Run) -> Result<()> {
+    std::fs::create_dir_all(&run.out).map_err(|source| Error::io(&run.out, source))?;
+    let parts = chosen(run)?;
+    let chunks: Vec<Vec<&[Example]>> =
+        parts.iter().map(|part| part.examples().chunks(CHUNK).collect()).collect();
+    let most = chunks.iter().map(Vec::len).max().unwrap_or(0);
+    let turn = (0..most).flat_map(|chunk| (0..parts.len()).map(move |part| (part, chunk)));
+    let missing: Vec<(usize, usize)> = turn
+        .filter(|&(part, chunk)| chunk < chunks[part].len() && !file(&run.out, part, chunk).exists())
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let _guard = tch::no_grad_guard();
+    let model = TextModel::open(&run.model, Placement::new(Device::Cpu, Kind::BFloat16))?;
+    let states = LmStates::at(model.lm(), &BLOCKS.map(site))?;
+    for (done, &(part, chunk)) in missing.iter().enumerate() {
+        let begin = Instant::now();
+        let texts = chunks[part][chunk];
+        let ids = texts
+            .iter()
+            .map(|example| texts::ending(model.tokenizer(), &example.text, run.tokens))
+            .collect::<Result<Vec<_>>>()?;
+        let tokens: usize = ids.iter().map(Vec::len).sum();
+        write(&file(&run.out, part, chunk), &states, texts, &ids)?;
+        let rate = tokens as f64 / begin.elapsed().as_secs_f64();
+        println!("{} of {}: {} {chunk}, {rate:.0} tokens/s", done + 1, missing.len(), PARTS[part]);
+    }
+    Ok(())
+}
+
+/// One file: of each text the mean and the last of its states `[N, blocks, D]`; of every third prefix the states before
+/// one block `[M, D]`, and the index of its text.
+fn write(path: &Path, states: &LmStates, texts: &[Example], ids: &[Vec<i64>]) -> Result<()> {
+    let mut order: Vec<usize> = (0..ids.len()).collect();
+    order.sort_by_key(|&i| ids[i].len());
+    let (mut means, mut lasts) = (Vec::new(), Vec::new());
+    let (mut prefixes, mut owners, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
+    for batch in order.chunks(BATCH) {
+        let rows: Vec<&[i64]> = batch.iter().map(|&i| &ids[i][..]).collect();
+        let found = states.of(&padded(&rows)?)?; // (B, T, blocks · D)
+        for (row, &i) in (0i64..).zip(batch) {
+            let len = ids[i].len() as i64;
+            let of_row = found.f_get(row)?.f_narrow(0, 0, len)?; // (T, blocks · D)
+            let split = |x: Tensor| x.f_view([BLOCKS.len() as i64, -1])?.f_to_kind(Kind::Half);
+            means.push((i, split(of_row.f_mean_dim(0i64, false, Kind::Float)?)?));
+            lasts.push((i, split(of_row.f_get(len - 1)?)?));
+            let d = of_row.size()[1].div_euclid(BLOCKS.len() as i64);
+            let kept: Vec<i64> =
+                (0..len).filter(|t| t % STRIDE as i64 == i as i64 % STRIDE as i64 || *t == len - 1).collect();
+            let at = Tensor::f_from_slice(&kept)?;
+            let block = of_row.f_narrow(1, PREFIX_BLOCK as i64 * d, d)?;
+            prefixes.push(block.f_index_select(0, &at)?.f_to_kind(Kind::Half)?);
+            owners.extend(kept.iter().map(|_| i as i64));
+            lengths.extend(kept);
+        }
+    }
+    let stack = |mut all: Vec<(usize, Tensor)>| {
+        all.sort_by_key(|(i, _)| *i);
+        Tensor::f_stack(&all.into_iter().map(|(_, tensor)| tensor).collect::<Vec<_>>(), 0)
+    };
+    let labels: Vec<i64> = texts.iter().map(|example| example.label as i64).collect();
+    let tensors = [
+        ("mean".to_owned(), stack(means)?),
+        ("last".to_owned(), stack(lasts)?),
+        ("prefix".to_owned(), Tensor::f_cat(&prefixes, 0)?),
+        ("prefix_text".to_owned(), Tensor::f_from_slice(&owners)?),
+        ("prefix_position".to_owned(), Tensor::f_from_slice(&lengths)?),
+        ("label".to_owned(), Tensor::f_from_slice(&labels)?),
+    ];
+    save(path, &tensors, &[])
+}
+
+/// Rows of token ids as one text, padded on the right.
+pub fn padded(rows: &[&[i64]]) -> Result<Text> {
+    let longest = rows.iter().map(|row| row.len()).max().unwrap_or(0);
+    let (mut ids, mut keep) = (Vec::new(), Vec::new());
+    for row in rows {
+        ids.extend(row.iter().copied().chain(std::iter::repeat_n(0, longest - row.len())));
+        keep.extend((0..longest).map(|t| t < row.len()));
+    }
+    let shape = [rows.len() as i64, longest as i64];
+    let ids = Tensor::f_from_slice(&ids)?.f_view(shape)?;
+    let keep = Tensor::f_from_slice(&keep)?.f_view(shape)?;
+    Ok(Text::hard(ids).keeping(keep))
+}
+
+/// Features of the texts of a part that a folder has, and their labels.
+pub struct Features {
+    source: Vec<Safetensors>,
+}
+
+impl Features {
+    /// The files of a part.
+    pub fn open(folder: &Path, part: usize) -> Result<Self> {
+        let files = (0..).map(|chunk| file(folder, part, chunk)).take_while(|path| path.exists());
+        let source = files.map(Safetensors::open).collect::<Result<Vec<_>>>()?;
+        if source.is_empty() {
+            return Err(Error::value("folder of features", "one that `sentiment features` wrote", folder.display()));
+        }
+        Ok(Self { source })
+    }
+
+    /// A tensor of all files, one after the other, floating-point ones in f32.
+    pub fn get(&self, name: &str) -> Result<Tensor> {
+        let one = |file: &Safetensors| -> Result<Tensor> {
+            let missing = || Error::format(file.what(), format!("expected a tensor `{name}`, found none"));
+            let info = file.info(name).ok_or_else(missing)?;
+            let kind = if info.kind == Kind::Int64 { Kind::Int64 } else { Kind::Float };
+            let mut tensor = Tensor::f_empty(&info.shape, (kind, Device::Cpu))?;
+            file.read(name, &mut tensor)?;
+            Ok(tensor)
+        };
+        Ok(Tensor::f_cat(&self.source.iter().map(one).collect::<Result<Vec<_>>>()?, 0)?)
+    }
+}
