@@ -23,6 +23,7 @@
 //! }
 //! ```
 
+pub mod arithmetic;
 pub mod chat;
 pub mod classifiers;
 pub mod controls;
@@ -43,7 +44,7 @@ pub mod tokenizer;
 pub mod words;
 
 pub use generate::{
-    Completion, Generate, Generation, GenerationConfig, Method, OneOrMany, Piece, TextModel, WatermarkConfig,
-    WordFeature,
+    Completion, Generate, Generation, GenerationConfig, Method, OneOrMany, Piece, TextModel, TextTerms,
+    WatermarkConfig, WordFeature,
 };
 pub use score::{Scored, score_completions, score_text};
