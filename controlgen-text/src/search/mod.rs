@@ -247,7 +247,7 @@ pub fn prefill(
 }
 
 /// The prompts' ids `[B, T]`, the shorter ones padded on the left, and which are no padding, where some are.
-fn padded(lm: &dyn LanguageModel, prompts: &[Vec<i64>]) -> Result<(Tensor, Option<Tensor>)> {
+pub(crate) fn padded(lm: &dyn LanguageModel, prompts: &[Vec<i64>]) -> Result<(Tensor, Option<Tensor>)> {
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let fill = lm.spec().pad.or(lm.spec().eos.first().copied()).unwrap_or(0);
     let mut ids = Vec::with_capacity(prompts.len() * longest);
