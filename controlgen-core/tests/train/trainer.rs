@@ -1,0 +1,1 @@
+//! The loop: order, accumulation, spikes, refusals.
