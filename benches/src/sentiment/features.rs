@@ -4,10 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use controlgen_core::checkpoint::{Safetensors, TensorSource, save};
-use controlgen_core::energy::Text;
 use controlgen_core::{Error, Placement, Result};
 use controlgen_text::TextModel;
-use controlgen_text::classifiers::{Example, Labelled, LmStates};
+use controlgen_text::classifiers::{Example, Labelled, LmStates, padded_text};
 use tch::{Device, Kind, Tensor};
 
 use super::texts::{self, PARTS};
@@ -103,7 +102,7 @@ fn write(path: &Path, states: &LmStates, texts: &[Example], ids: &[Vec<i64>]) ->
     let (mut prefixes, mut owners, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
     for batch in order.chunks(BATCH) {
         let rows: Vec<&[i64]> = batch.iter().map(|&i| &ids[i][..]).collect();
-        let found = states.of(&padded(&rows)?)?; // (B, T, blocks · D)
+        let found = states.of(&padded_text(&rows)?)?; // (B, T, blocks · D)
         for (row, &i) in (0i64..).zip(batch) {
             let len = ids[i].len() as i64;
             let of_row = found.f_get(row)?.f_narrow(0, 0, len)?; // (T, blocks · D)
@@ -136,46 +135,45 @@ fn write(path: &Path, states: &LmStates, texts: &[Example], ids: &[Vec<i64>]) ->
     save(path, &tensors, &[])
 }
 
-/// Rows of token ids as one text, padded on the right.
-pub fn padded(rows: &[&[i64]]) -> Result<Text> {
-    let longest = rows.iter().map(|row| row.len()).max().unwrap_or(0);
-    let (mut ids, mut keep) = (Vec::new(), Vec::new());
-    for row in rows {
-        ids.extend(row.iter().copied().chain(std::iter::repeat_n(0, longest - row.len())));
-        keep.extend((0..longest).map(|t| t < row.len()));
-    }
-    let shape = [rows.len() as i64, longest as i64];
-    let ids = Tensor::f_from_slice(&ids)?.f_view(shape)?;
-    let keep = Tensor::f_from_slice(&keep)?.f_view(shape)?;
-    Ok(Text::hard(ids).keeping(keep))
-}
-
 /// Features of the texts of a part that a folder has, and their labels.
 pub struct Features {
-    source: Vec<Safetensors>,
+    files: Vec<Safetensors>,
 }
 
 impl Features {
     /// The files of a part.
     pub fn open(folder: &Path, part: usize) -> Result<Self> {
         let files = (0..).map(|chunk| file(folder, part, chunk)).take_while(|path| path.exists());
-        let source = files.map(Safetensors::open).collect::<Result<Vec<_>>>()?;
-        if source.is_empty() {
-            return Err(Error::value("folder of features", "one that `sentiment features` wrote", folder.display()));
+        let files = files.map(Safetensors::open).collect::<Result<Vec<_>>>()?;
+        if files.is_empty() {
+            let expected = "one that `sentiment features` wrote";
+            return Err(Error::value("folder of features", expected, folder.display()));
         }
-        Ok(Self { source })
+        Ok(Self { files })
     }
 
     /// A tensor of all files, one after the other, floating-point ones in f32.
     pub fn get(&self, name: &str) -> Result<Tensor> {
-        let one = |file: &Safetensors| -> Result<Tensor> {
-            let missing = || Error::format(file.what(), format!("expected a tensor `{name}`, found none"));
-            let info = file.info(name).ok_or_else(missing)?;
-            let kind = if info.kind == Kind::Int64 { Kind::Int64 } else { Kind::Float };
-            let mut tensor = Tensor::f_empty(&info.shape, (kind, Device::Cpu))?;
-            file.read(name, &mut tensor)?;
-            Ok(tensor)
-        };
-        Ok(Tensor::f_cat(&self.source.iter().map(one).collect::<Result<Vec<_>>>()?, 0)?)
+        let each = self.files.iter().map(|file| read(file, name)).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::f_cat(&each, 0)?)
     }
+
+    /// The states of prefixes, f32 `[M, D]`, and the labels of the texts that they are of.
+    pub fn prefixes(&self) -> Result<(Tensor, Vec<i64>)> {
+        let mut labels = Vec::new();
+        for file in &self.files {
+            let of_text = read(file, "label")?.f_index_select(0, &read(file, "prefix_text")?)?;
+            labels.extend(Vec::<i64>::try_from(of_text)?);
+        }
+        Ok((self.get("prefix")?, labels))
+    }
+}
+
+fn read(file: &Safetensors, name: &str) -> Result<Tensor> {
+    let missing = || Error::format(file.what(), format!("expected a tensor `{name}`, found none"));
+    let info = file.info(name).ok_or_else(missing)?;
+    let kind = if info.kind == Kind::Int64 { Kind::Int64 } else { Kind::Float };
+    let mut tensor = Tensor::f_empty(&info.shape, (kind, Device::Cpu))?;
+    file.read(name, &mut tensor)?;
+    Ok(tensor)
 }

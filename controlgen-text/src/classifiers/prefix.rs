@@ -117,7 +117,7 @@ impl FutureDiscriminator for PrefixDiscriminator {
         let (ids, keep) = padded(self.states.lm(), prompts)?;
         let rows = i64::try_from(prompts.len()).unwrap_or(i64::MAX);
         let mut state = self.states.lm().start(Source::Rows(rows), &Pass::default())?;
-        self.states.read(LmInput::ids(&ids).keep(keep.as_ref()), &mut state)?;
+        let _ = self.states.read(LmInput::ids(&ids).keep(keep.as_ref()), &mut state)?;
         Ok(PrefixState(state))
     }
 
@@ -141,7 +141,7 @@ impl FutureDiscriminator for PrefixDiscriminator {
         let _guard = tch::no_grad_guard();
         let device = self.states.lm().spec().placement.device;
         let ids = Tensor::f_from_slice(tokens)?.f_unsqueeze(-1)?.f_to_device(device)?; // (B, 1)
-        self.states.read(LmInput::ids(&ids), &mut state.0)?;
+        let _ = self.states.read(LmInput::ids(&ids), &mut state.0)?;
         Ok(())
     }
 }
