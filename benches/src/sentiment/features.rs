@@ -11,10 +11,6 @@ use tch::{Device, Kind, Tensor};
 
 use super::texts::{self, PARTS};
 
-/// The blocks before which states are taken.
-pub const BLOCKS: [i64; 3] = [8, 12, 16];
-/// The one of which states of prefixes are kept.
-pub const PREFIX_BLOCK: usize = 1;
 /// Of a text every third prefix is kept, and the whole.
 const STRIDE: usize = 3;
 /// Texts of a file.
@@ -33,17 +29,24 @@ pub struct Run {
     pub model: PathBuf,
     /// A folder.
     pub out: PathBuf,
+    /// The blocks before which states are taken, least first: the judge reads the first, the guide the last. Of the last
+    /// the states of prefixes are kept too.
+    pub blocks: Vec<i64>,
     /// How many tokens of a text.
     pub tokens: usize,
-    /// How many of IMDB's reviews of the first two parts; of the other source, and of the held-out part, all.
+    /// How many of IMDB's reviews of the first two parts, and all of the other source's, which are short.
     pub reviews: [usize; 2],
+    /// How many texts of the held-out part.
+    pub held_out: usize,
 }
 
 /// The texts of each part that features are made of.
 pub fn chosen(run: &Run) -> Result<Vec<Labelled>> {
     let parts = texts::parts(&run.texts)?;
     let cut = |(i, part): (usize, &Labelled)| {
-        let Some(&most) = run.reviews.get(i) else { return Ok(part.clone()) };
+        let Some(&most) = run.reviews.get(i) else {
+            return part.with(part.examples().iter().take(run.held_out).cloned().collect());
+        };
         let mut left = most;
         let keep = |example: &&Example| {
             let long = example.group == "imdb";
@@ -77,7 +80,7 @@ pub fn extract(run: &Run) -> Result<()> {
     }
     let _guard = tch::no_grad_guard();
     let model = TextModel::open(&run.model, Placement::new(Device::Cpu, Kind::BFloat16))?;
-    let states = LmStates::at(model.lm(), &BLOCKS.map(site))?;
+    let states = LmStates::at(model.lm(), &run.blocks.iter().map(|&block| site(block)).collect::<Vec<_>>())?;
     for (done, &(part, chunk)) in missing.iter().enumerate() {
         let begin = Instant::now();
         let texts = chunks[part][chunk];
@@ -94,8 +97,9 @@ pub fn extract(run: &Run) -> Result<()> {
 }
 
 /// One file: of each text the mean and the last of its states `[N, blocks, D]`; of every third prefix the states before
-/// one block `[M, D]`, and the index of its text.
+/// the last block `[M, D]`, and the index of its text.
 fn write(path: &Path, states: &LmStates, texts: &[Example], ids: &[Vec<i64>]) -> Result<()> {
+    let blocks = states.names().len() as i64;
     let mut order: Vec<usize> = (0..ids.len()).collect();
     order.sort_by_key(|&i| ids[i].len());
     let (mut means, mut lasts) = (Vec::new(), Vec::new());
@@ -106,14 +110,14 @@ fn write(path: &Path, states: &LmStates, texts: &[Example], ids: &[Vec<i64>]) ->
         for (row, &i) in (0i64..).zip(batch) {
             let len = ids[i].len() as i64;
             let of_row = found.f_get(row)?.f_narrow(0, 0, len)?; // (T, blocks · D)
-            let split = |x: Tensor| x.f_view([BLOCKS.len() as i64, -1])?.f_to_kind(Kind::Half);
+            let split = |x: Tensor| x.f_view([blocks, -1])?.f_to_kind(Kind::Half);
             means.push((i, split(of_row.f_mean_dim(0i64, false, Kind::Float)?)?));
             lasts.push((i, split(of_row.f_get(len - 1)?)?));
-            let d = of_row.size()[1].div_euclid(BLOCKS.len() as i64);
+            let d = of_row.size()[1].div_euclid(blocks);
             let kept: Vec<i64> =
                 (0..len).filter(|t| t % STRIDE as i64 == i as i64 % STRIDE as i64 || *t == len - 1).collect();
             let at = Tensor::f_from_slice(&kept)?;
-            let block = of_row.f_narrow(1, PREFIX_BLOCK as i64 * d, d)?;
+            let block = of_row.f_narrow(1, (blocks - 1) * d, d)?;
             prefixes.push(block.f_index_select(0, &at)?.f_to_kind(Kind::Half)?);
             owners.extend(kept.iter().map(|_| i as i64));
             lengths.extend(kept);

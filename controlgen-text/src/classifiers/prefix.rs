@@ -6,9 +6,10 @@ use controlgen_core::{Error, LanguageModel, LmInput, Pass, Result, Rows, Source,
 use tch::{Kind, Tensor};
 
 use super::directory::{Directory, ModelCard, Settings};
-use super::{Head, LmStates, check_classes};
+use super::{Head, LmStates, Pooling, check_classes, padded_text};
 use crate::controls::FutureDiscriminator;
 use crate::search::padded;
+use crate::tokenizer::{Special, Tokenizer};
 
 /// log p(y | x₁ … xₜ): what will be said of the whole text, from any beginning of it. A head on the hidden state of a frozen
 /// language model at each position, trained on all beginnings of labelled texts; Yang and Klein, "FUDGE: Controlled Text
@@ -93,6 +94,24 @@ impl PrefixDiscriminator {
     /// Those of [`LmStates::of`].
     pub fn logits(&self, x: &controlgen_core::energy::Text) -> Result<Tensor> {
         self.head.logits(&self.states.of(x)?)
+    }
+
+    /// log p(class | text) of whole strings, each as the discriminator sees it after its last token.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a string without tokens; those of [`LmStates::of`].
+    pub fn of_strings(&self, tokenizer: &Tokenizer, texts: &[impl AsRef<str>]) -> Result<Vec<f64>> {
+        let _guard = tch::no_grad_guard();
+        let rows = texts.iter().map(|text| tokenizer.encode(text.as_ref(), Special::Add));
+        let rows = rows.collect::<Result<Vec<_>>>()?;
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let x = padded_text(&rows)?;
+        let last = Pooling::Last.pool(&self.states.of(&x)?, x.keep())?; // (B, D)
+        let class = i64::try_from(self.class).unwrap_or(0);
+        let found = self.head.logits(&last)?.f_log_softmax(-1, Kind::Double)?.f_select(-1, class)?;
+        Ok(Vec::try_from(found.f_contiguous()?)?)
     }
 }
 
