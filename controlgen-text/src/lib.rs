@@ -37,9 +37,11 @@ pub mod grammar;
 pub mod hub;
 pub mod lexical;
 pub mod models;
+pub mod pplm;
 pub mod sample;
 mod score;
 pub mod search;
+mod sentence;
 pub mod tokenizer;
 pub mod words;
 
@@ -48,3 +50,4 @@ pub use generate::{
     WatermarkConfig, WordFeature,
 };
 pub use score::{Scored, score_completions, score_text};
+pub use sentence::{Pooling, SentenceEncoder};

@@ -13,7 +13,7 @@ use super::{Expression, Readings, Term};
 /// so that `a + b` is the product of two experts and `a - 0.6 * b + c` what is written. Softmax of the scores solves, if
 /// Σ fᵢ = 1, min_p Σᵢ fᵢ KL(p ‖ pᵢ); for another sum [`normalised`](Self::normalised) does (Dekoninck et al. 2024, theorem 1).
 ///
-/// The first call of `forward` reads the prompt: there the terms part. Terms with the same weights are computed as rows of
+/// The first call of `forward` reads the prompt, or `start` does, of an encoder–decoder: there the terms part. Terms with the same weights are computed as rows of
 /// one call: with K of them a batch of B is one of K · B, and the state has as many rows. Prompts of different lengths
 /// are padded on the left. A term that has another text in the prompt's place says nothing *within* the prompt: NaN, where
 /// logits of all positions are asked for.
@@ -157,13 +157,12 @@ impl LanguageModel for ModelArithmetic {
     }
 
     fn start(&self, source: Source<'_>, pass: &Pass<'_>) -> Result<State> {
-        pass.check_sites(self.sites())?;
-        match source {
-            Source::Rows(rows) => Ok(State::new(self.readings.start(rows, pass)?)),
-            Source::Encoder(_) => {
-                Err(Error::unsupported("an encoder's input to an arithmetic of models", "Source::Rows"))
-            }
-        }
+        let rows = match source {
+            Source::Rows(rows) => rows,
+            Source::Encoder(input) => input.validate(&self.spec)?.0,
+        };
+        pass.check(self.sites(), rows)?;
+        Ok(State::new(self.readings.start(source, pass)?))
     }
 
     fn forward(&self, input: LmInput<'_>, state: &mut State, pass: &Pass<'_>) -> Result<LmOutput> {

@@ -29,7 +29,7 @@ struct Group {
 }
 
 impl Readings {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { groups: Vec::new(), at: Vec::new(), id: Arc::new(()) }
     }
 
@@ -68,7 +68,12 @@ impl Readings {
 
     /// How many positions a text may have under all models, with what they read more.
     pub(crate) fn context(&self) -> i64 {
-        self.groups.iter().map(|group| group.lm.spec().context - group.extra()).min().unwrap_or(0)
+        let left = |group: &Group| match group.lm.spec() {
+            // The encoder reads more, not the decoder.
+            spec if spec.decoder_start.is_some() => spec.context,
+            spec => spec.context - group.extra(),
+        };
+        self.groups.iter().map(left).min().unwrap_or(0)
     }
 
     /// Other handles over the same weights.
@@ -90,20 +95,35 @@ impl Readings {
         Ok(mapped)
     }
 
-    /// A state of `rows` rows that have read nothing.
-    pub(crate) fn start(&self, rows: i64, pass: &Pass<'_>) -> Result<ReadingsState> {
-        if rows < 1 {
-            return Err(Error::value("rows of a state", "at least 1", rows));
+    /// A state that has read nothing, or of encoder–decoders the encoder's input: there the readings part already.
+    pub(crate) fn start(&self, source: Source<'_>, pass: &Pass<'_>) -> Result<ReadingsState> {
+        let mut states = Vec::with_capacity(self.groups.len());
+        let (rows, encoded) = match source {
+            Source::Rows(rows) if rows < 1 => {
+                return Err(Error::value("rows of a state", "at least 1", rows));
+            }
+            Source::Rows(rows) => (rows, false),
+            Source::Encoder(input) => (input.validate(self.base().spec())?.0, true),
+        };
+        for group in &self.groups {
+            let every: Vec<i64> = (0..group.count()).flat_map(|_| 0..rows).collect();
+            let mut lanes = pass.lanes.cloned();
+            lanes.iter_mut().try_for_each(|lanes| lanes.reorder(&every))?;
+            let pass = Pass { controls: group.controls(pass), lanes: lanes.as_ref(), taps: None, ..*pass };
+            states.push(match source {
+                Source::Rows(rows) => group.lm.start(Source::Rows(rows * group.count()), &pass)?,
+                Source::Encoder(input) => {
+                    let len = input.validate(self.base().spec())?.1;
+                    group.check_table(&input, self.base())?;
+                    let made = group.prompt(&input, rows, len)?.padding_first()?;
+                    group.lm.start(Source::Encoder(made.input(&input)), &pass)?
+                }
+            });
         }
-        let states = self.groups.iter().map(|group| {
-            let pass = Pass { controls: group.controls(pass), ..*pass };
-            group.lm.start(Source::Rows(rows * group.count()), &pass)
-        });
-        let states = states.collect::<Result<Vec<_>>>()?;
         let mut reads = self.groups.iter().flat_map(|group| &group.reads);
-        let whole = reads.all(|reads| matches!(reads, Reads::After(_)));
+        let whole = encoded || reads.all(|reads| matches!(reads, Reads::After(_)));
         let more = vec![0; self.groups.len()];
-        Ok(ReadingsState { id: Arc::clone(&self.id), states, more, rows, len: 0, prompt: 0, whole })
+        Ok(ReadingsState { id: Arc::clone(&self.id), states, more, rows, len: 0, prompt: 0, whole, encoded })
     }
 
     /// The state, if it is of these readings.
@@ -130,7 +150,8 @@ impl Readings {
                 batch,
             ));
         }
-        let call = Call { input, batch, len, first: state.len == 0, base: self.base() };
+        let first = state.len == 0 && !state.encoded;
+        let call = Call { input, batch, len, first, encoded: state.encoded, base: self.base() };
         let mut said = Vec::with_capacity(self.groups.len());
         for (i, group) in self.groups.iter().enumerate() {
             // What is seen of a pass is seen of the first reading's.
@@ -140,7 +161,7 @@ impl Readings {
                 Err(error) => {
                     // Those before have read on already.
                     for (before, more) in iter::zip(&mut state.states[..i], &state.more) {
-                        before.truncate(if call.first { 0 } else { state.len + more })?;
+                        before.truncate(if state.len == 0 { 0 } else { state.len + more })?;
                     }
                     return Err(error);
                 }
@@ -198,31 +219,20 @@ impl Group {
 
     /// The logits of all its readings, reading by reading.
     fn forward(&self, call: &Call<'_>, state: &mut State, pass: &Pass<'_>) -> Result<Tensor> {
-        let &Call { input, batch, len, first, base } = call;
+        let &Call { input, batch, len, first, encoded, base } = call;
         let controls = self.controls(pass);
-        if matches!(input.tokens, Tokens::Embeds(_))
-            && self.lm.embeddings().data_ptr() != base.embeddings().data_ptr()
-        {
-            let what = "embeddings given to an arithmetic of models with several tables of them";
-            return Err(Error::unsupported(what, "token ids, or terms over one table"));
-        }
+        self.check_table(&input, base)?;
         let plain = matches!(&self.reads[..], [Reads::After(prefix)] if prefix.is_empty());
         if plain && self.device() == base.spec().placement.device {
             return Ok(self.lm.forward(input, state, &Pass { controls, ..*pass })?.logits);
         }
-        let made = if first { self.prompt(&input, batch, len)? } else { self.next(&input)? };
+        let made = if first { self.prompt(&input, batch, len)? } else { self.next(&input, encoded)? };
         let every: Vec<i64> = (0..self.count()).flat_map(|_| 0..batch).collect();
         let mut lanes: Option<Lanes> = pass.lanes.cloned();
         lanes.iter_mut().try_for_each(|lanes| lanes.reorder(&every))?;
         let taps = Taps::new();
         let inner = Pass { controls, lanes: lanes.as_ref(), taps: pass.taps.map(|_| &taps), step: pass.step };
-        let tokens = match input.tokens {
-            Tokens::Ids(_) => Tokens::Ids(&made.tokens),
-            Tokens::Embeds(_) => Tokens::Embeds(&made.tokens),
-        };
-        let (keep, positions) = (made.keep.as_ref(), made.positions.as_ref());
-        let mine = LmInput { tokens, keep, positions, logits: input.logits };
-        let logits = self.lm.forward(mine, state, &inner)?.logits;
+        let logits = self.lm.forward(made.input(&input), state, &inner)?.logits;
         if let Some(outer) = pass.taps {
             // What is seen of the prompt's columns, in the rows of the first reading.
             let width = made.tokens.size()[1];
@@ -239,6 +249,16 @@ impl Group {
             }
         }
         Ok(logits)
+    }
+
+    /// Refuses embeddings that are of another model's table.
+    fn check_table(&self, input: &LmInput<'_>, base: &dyn LanguageModel) -> Result<()> {
+        let own = self.lm.embeddings().data_ptr() == base.embeddings().data_ptr();
+        if own || matches!(input.tokens, Tokens::Ids(_)) {
+            return Ok(());
+        }
+        let what = "embeddings given to an arithmetic of models with several tables of them";
+        Err(Error::unsupported(what, "token ids, or terms over one table"))
     }
 
     fn device(&self) -> Device {
@@ -299,7 +319,7 @@ impl Group {
     }
 
     /// A later call: every reading goes on with the same tokens.
-    fn next(&self, input: &LmInput<'_>) -> Result<Made> {
+    fn next(&self, input: &LmInput<'_>, encoded: bool) -> Result<Made> {
         let device = self.device();
         let repeat = |t: &Tensor| -> Result<Tensor> {
             let mut times = vec![1; t.dim()];
@@ -310,8 +330,13 @@ impl Group {
         let mut positions = Vec::new();
         if let Some(given) = input.positions {
             for reads in &self.reads {
-                let Reads::After(prefix) = reads else { return Err(no_positions()) };
-                positions.push(given.f_to_device(device)?.f_add_scalar(prefix.len() as i64)?);
+                let before = match reads {
+                    // The decoder reads the same in all.
+                    _ if encoded => 0,
+                    Reads::After(prefix) => prefix.len() as i64,
+                    _ => return Err(no_positions()),
+                };
+                positions.push(given.f_to_device(device)?.f_add_scalar(before)?);
             }
         }
         let positions = if positions.is_empty() { None } else { Some(Tensor::f_cat(&positions, 0)?) };
@@ -333,6 +358,8 @@ struct Call<'a> {
     len: i64,
     /// Whether it is the prompt.
     first: bool,
+    /// Whether encoders have read the prompts.
+    encoded: bool,
     base: &'a dyn LanguageModel,
 }
 
@@ -342,6 +369,34 @@ struct Made {
     tokens: Tensor,
     keep: Option<Tensor>,
     positions: Option<Tensor>,
+}
+
+impl Made {
+    /// With all padding before all tokens, for models that count distances by columns: what is padded between a prefix
+    /// and the prompt would part them.
+    fn padding_first(self) -> Result<Self> {
+        let Some(keep) = &self.keep else { return Ok(self) };
+        let order = keep.f_to_kind(Kind::Int64)?.f_argsort_stable(true, 1, false)?;
+        let gather = |t: &Tensor| -> Result<Tensor> {
+            if t.dim() == 2 {
+                return Ok(t.f_gather(1, &order, false)?);
+            }
+            let index = order.f_unsqueeze(-1)?.f_expand([-1, -1, t.size()[2]], false)?;
+            Ok(t.f_gather(1, &index, false)?)
+        };
+        let positions = self.positions.as_ref().map(gather).transpose()?;
+        Ok(Self { tokens: gather(&self.tokens)?, keep: Some(gather(keep)?), positions })
+    }
+
+    /// As an input like the one it was made of.
+    fn input(&self, of: &LmInput<'_>) -> LmInput<'_> {
+        let input = match of.tokens {
+            Tokens::Ids(_) => LmInput::ids(&self.tokens),
+            Tokens::Embeds(_) => LmInput::embeds(&self.tokens),
+        };
+        let input = input.keep(self.keep.as_ref()).positions(self.positions.as_ref());
+        LmInput { logits: of.logits, ..input }
+    }
 }
 
 /// What all models have read.
@@ -358,6 +413,8 @@ pub(crate) struct ReadingsState {
     prompt: i64,
     /// Whether every reading has the whole prompt.
     whole: bool,
+    /// Whether encoders have read the prompts.
+    encoded: bool,
 }
 
 impl ReadingsState {

@@ -108,6 +108,11 @@ impl Term {
         &*self.lm
     }
 
+    /// τ.
+    pub(crate) fn tau(&self) -> f64 {
+        self.temperature
+    }
+
     /// Whether both say the same.
     pub(super) fn is(&self, other: &Self) -> bool {
         self.of == other.of && self.reads == other.reads && self.temperature == other.temperature

@@ -34,6 +34,7 @@
 //! | [`Watermark`] | raises tokens that a key and the tokens before pick | potential |
 //! | [`ForcedPrefix`] | bans all but the given first tokens | potential |
 //! | [`GumbelNoise`] | adds noise, so that a search for the best is a draw | proposal |
+//! | [`Gedi`] | raises tokens by what language models of classes make of the text | potential |
 //! | [`Fudge`] | raises the best tokens by what a discriminator expects of the whole text | potential |
 //! | [`LexicalConstraints`] | bans what loses clauses over words and phrases, and leads to them | potential |
 //!
@@ -81,6 +82,7 @@ pub mod features;
 mod forced_prefix;
 mod frequency_presence;
 mod fudge;
+mod gedi;
 mod gumbel_noise;
 mod lexical_constraints;
 mod logit_bias;
@@ -106,6 +108,7 @@ pub use features::Features;
 pub use forced_prefix::ForcedPrefix;
 pub use frequency_presence::FrequencyPresence;
 pub use fudge::{Fudge, FudgeState, FutureDiscriminator};
+pub use gedi::{Gedi, GediState};
 pub use gumbel_noise::GumbelNoise;
 pub use lexical_constraints::LexicalConstraints;
 pub use logit_bias::LogitBias;

@@ -68,8 +68,12 @@ impl TextModel {
         &self,
         expression: impl FnOnce(&TextTerms<'_>) -> Result<E>,
     ) -> Result<Self> {
-        let terms = TextTerms { model: self, prompt: Term::new(self.lm.handle()) };
-        self.with_lm(Box::new(ModelArithmetic::new(expression(&terms)?)?))
+        self.with_lm(Box::new(ModelArithmetic::new(expression(&self.terms())?)?))
+    }
+
+    /// Terms over this model, as those of one call are over the same weights.
+    pub fn terms(&self) -> TextTerms<'_> {
+        TextTerms { model: self, prompt: Term::new(self.lm.handle()) }
     }
 }
 

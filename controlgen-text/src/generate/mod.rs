@@ -183,7 +183,7 @@ pub struct Generate<'a> {
     seed: u64,
     n: usize,
     max_new_tokens: usize,
-    /// The same, the prompt's tokens counted in.
+    /// The same, the prompt's tokens counted in, or the token that a decoder starts with.
     max_length: Option<usize>,
     eos: Option<Vec<i64>>,
     stop: Vec<String>,
@@ -335,7 +335,8 @@ impl<'a> Generate<'a> {
         let prompts = self.prompts.iter().map(|prompt| prompt.ids(self.model)).collect::<Result<Vec<_>>>()?;
         let guided = self.guidance.as_ref().map(|guidance| guidance.over(self.model)).transpose()?;
         if let Some(max_length) = self.max_length {
-            let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+            let openings = search::openings(&*self.model.lm, &prompts);
+            let longest = openings.iter().map(Vec::len).max().unwrap_or(0);
             if max_length <= longest {
                 let expected = format!("more than the prompt's {longest} tokens");
                 return Err(Error::value("max_length", expected, max_length));

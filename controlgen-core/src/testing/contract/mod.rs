@@ -104,12 +104,13 @@ pub fn clauses() -> Vec<(&'static str, Vec<&'static str>)> {
     ]
 }
 
-/// Checks a language model that starts from [`Source::Rows`](crate::Source::Rows).
+/// Checks a language model: one that starts from [`Source::Rows`](crate::Source::Rows), or an encoder–decoder, whose encoder
+/// then reads the same text in every row.
 ///
 /// | clause | what holds |
 /// |---|---|
 /// | `spec` | the table of embeddings and the logits have the shapes that `spec` tells; special tokens are tokens |
-/// | `start` | a new state is empty and has the rows asked for; no rows are refused, as is an encoder's input |
+/// | `start` | a new state is empty and has the rows asked for; no rows are refused, as is an encoder's input; by an encoder–decoder, rows without one |
 /// | `repeatable` | equal inputs to new states give equal logits, to the bit |
 /// | `cached` | reading in pieces gives what reading at once gives |
 /// | `last` | [`Logits::Last`](crate::Logits::Last) is the last of all |
@@ -133,7 +134,7 @@ pub fn clauses() -> Vec<(&'static str, Vec<&'static str>)> {
 /// | `foreign state` | a state of another kind is refused |
 /// | `lanes` | lanes that are not one a row are refused |
 /// | `bad input` | token ids that are none, wrong types and shapes are refused by type, and the state is as before |
-/// | `context` | positions past the last are refused, naming the limit, and the state is as before; a context of up to 256 can be filled |
+/// | `context` | positions past the last are refused, naming the limit, and the state is as before; a context of up to 256 can be filled; one of 2²⁴ or more is none |
 ///
 /// It takes a few hundred passes over a few tokens, one or two for each site among them, and a model with room for
 /// 8 positions.
