@@ -10,7 +10,7 @@ use controlgen_text::{Generate, Generation, TextModel};
 use super::words;
 
 /// How many of the best tokens FUDGE weighs.
-const CANDIDATES: usize = 20;
+const CANDIDATES: usize = 10;
 /// Of how many texts the best is taken where a method says so.
 const BEST_OF: usize = 4;
 
@@ -104,7 +104,7 @@ pub const METHODS: &[Method] = &[
     },
     Method {
         name: "fudge",
-        make: |job| Ok(texts(&job.sampled(job.generate(job.model).with(job.fudge(4.0)?))?)),
+        make: |job| Ok(texts(&job.sampled(job.generate(job.model).with(job.fudge(6.0)?))?)),
     },
     Method {
         name: "pplm",
@@ -122,13 +122,13 @@ pub const METHODS: &[Method] = &[
         name: "dexperts_fudge",
         make: |job| {
             let model = job.experts(1.0)?;
-            Ok(texts(&job.sampled(job.generate(&model).with(job.fudge(4.0)?))?))
+            Ok(texts(&job.sampled(job.generate(&model).with(job.fudge(6.0)?))?))
         },
     },
     // The best of several by the discriminator that led them, at the whole text.
     Method {
         name: "fudge_best_of_4",
-        make: |job| best(job, job.generate(job.model).with(job.fudge(4.0)?)),
+        make: |job| best(job, job.generate(job.model).with(job.fudge(6.0)?)),
     },
     Method {
         name: "dexperts_best_of_4",

@@ -38,7 +38,7 @@ impl Options {
             out: "attribute-table.jsonl".into(),
             markdown: None,
             plot: None,
-            tokens: 30,
+            tokens: 20,
             seed: 0,
             model: here.join("../.controlgen/models/smollm2-135m-instruct/hf"),
             prompts: here.join("data/neutral_prompts.txt"),
