@@ -82,7 +82,11 @@ impl Options {
                 "--data" => options.data = true,
                 "--root" => options.root = Some(arguments.value_of("--root")?.into()),
                 other => {
-                    return Err(arguments::unknown("setup", other, "--cpu, --cuda, --fetch-only, --models, --data"));
+                    return Err(arguments::unknown(
+                        "setup",
+                        other,
+                        "--cpu, --cuda, --fetch-only, --models, --data",
+                    ));
                 }
             }
         }
@@ -242,7 +246,8 @@ mod tests {
     #[test]
     fn options_are_read_and_refused() {
         let options =
-            Options::parse(Arguments::of(&["--cpu", "--models", "--data", "--fetch-only", "--root", "/x"])).unwrap();
+            Options::parse(Arguments::of(&["--cpu", "--models", "--data", "--fetch-only", "--root", "/x"]))
+                .unwrap();
         let expected = Options {
             compute: Some(Compute::Cpu),
             fetch_only: true,

@@ -126,10 +126,7 @@ pub const METHODS: &[Method] = &[
         },
     },
     // The best of several by the discriminator that led them, at the whole text.
-    Method {
-        name: "fudge_best_of_4",
-        make: |job| best(job, job.generate(job.model).with(job.fudge(6.0)?)),
-    },
+    Method { name: "fudge_best_of_4", make: |job| best(job, job.generate(job.model).with(job.fudge(6.0)?)) },
     Method {
         name: "dexperts_best_of_4",
         make: |job| {

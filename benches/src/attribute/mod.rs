@@ -63,11 +63,13 @@ pub fn run(arguments: impl Iterator<Item = String>) -> Result<()> {
             let begin = Instant::now();
             let texts = (method.make)(&job)?;
             let seconds = begin.elapsed().as_secs_f64() / prompts.len() as f64;
-            let wholes: Vec<String> = prompts.iter().zip(&texts).map(|(p, t)| [p.as_str(), t].concat()).collect();
+            let wholes: Vec<String> =
+                prompts.iter().zip(&texts).map(|(p, t)| [p.as_str(), t].concat()).collect();
             let verdicts = sentiment.verdicts(&wholes)?;
             for ((prompt, text), verdict) in prompts.iter().zip(texts).zip(verdicts) {
                 let found = fluency.likelihoods(prompt, &[&text])?;
-                let (log_prob, tokens) = found.first().map_or((0.0, 0), |found| (found.log_prob, found.tokens));
+                let (log_prob, tokens) =
+                    found.first().map_or((0.0, 0), |found| (found.log_prob, found.tokens));
                 let of_target = |p: f64| if target == CLASSES[1] { p } else { 1.0 - p };
                 records.append(Record {
                     method: method.name.into(),
@@ -100,5 +102,6 @@ pub fn run(arguments: impl Iterator<Item = String>) -> Result<()> {
     // What is asked for: 90 % at 1.5 times the reference's perplexity.
     let reference = rows.iter().find(|row| row.method == methods::REFERENCE);
     let goal = reference.map(|row| (90.0, 1.5 * row.perplexity));
-    Chart { caption: "Sentiment as wanted, and fluency", percent: "texts as wanted, %", goal }.draw(path, &points)
+    Chart { caption: "Sentiment as wanted, and fluency", percent: "texts as wanted, %", goal }
+        .draw(path, &points)
 }

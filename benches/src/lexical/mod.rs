@@ -76,12 +76,17 @@ pub fn run(arguments: impl Iterator<Item = String>) -> Result<()> {
     let Some(path) = &options.plot else { return Ok(()) };
     let points: Vec<Point> = rows
         .iter()
-        .map(|row| Point { name: row.method.into(), perplexity: row.perplexity, percent: row.coverage.percent })
+        .map(|row| Point {
+            name: row.method.into(),
+            perplexity: row.perplexity,
+            percent: row.coverage.percent,
+        })
         .collect();
     // What is asked for: 97 % at 1.5 times the reference's perplexity.
     let reference = rows.iter().find(|row| row.method == methods::REFERENCE);
     let goal = reference.map(|row| (97.0, 1.5 * row.perplexity));
-    Chart { caption: "Words said, and fluency", percent: "texts that say all words, %", goal }.draw(path, &points)
+    Chart { caption: "Words said, and fluency", percent: "texts that say all words, %", goal }
+        .draw(path, &points)
 }
 
 /// One text, judged. The time is the text's alone.

@@ -55,7 +55,8 @@ pub fn run(mut arguments: impl Iterator<Item = String>) -> Result<()> {
             "--tokens" => run.tokens = number(&argument, &value()?)?,
             "--blocks" => {
                 let blocks = value()?;
-                let blocks = blocks.split(',').map(|block| number("--blocks", block).map(|block| block as i64));
+                let blocks =
+                    blocks.split(',').map(|block| number("--blocks", block).map(|block| block as i64));
                 run.blocks = blocks.collect::<Result<_>>()?;
             }
             "--first" => first = Some(number(&argument, &value()?)?),

@@ -91,7 +91,12 @@ pub fn by_group(logits: &Tensor, examples: &[Example]) -> Result<BTreeMap<String
 pub fn said(found: &BTreeMap<String, (usize, f64)>) -> String {
     let mut out = String::new();
     for (group, (texts, accuracy)) in found {
-        let _ = write!(out, "{}{group} {:.1} % of {texts}", if out.is_empty() { "" } else { ", " }, 100.0 * accuracy);
+        let _ = write!(
+            out,
+            "{}{group} {:.1} % of {texts}",
+            if out.is_empty() { "" } else { ", " },
+            100.0 * accuracy
+        );
     }
     out
 }
@@ -148,12 +153,16 @@ impl Training {
         let logits = head.logits(&x)?;
         let positions = Vec::<i64>::try_from(held_out.get("prefix_position")?)?;
         for (low, high) in [(0, 8), (8, 16), (16, 32), (32, 64)] {
-            let rows: Vec<i64> =
-                (0i64..).zip(&positions).filter(|(_, at)| (low..high).contains(*at)).map(|(i, _)| i).collect();
+            let rows: Vec<i64> = (0i64..)
+                .zip(&positions)
+                .filter(|(_, at)| (low..high).contains(*at))
+                .map(|(i, _)| i)
+                .collect();
             let labels: Vec<i64> = rows.iter().map(|&i| y[i as usize]).collect();
             if !rows.is_empty() {
                 let right = controlgen_text::classifiers::accuracy(&rows_of(&logits, &rows)?, &labels)?;
-                let _ = write!(accuracy, "; beginnings of {} to {high} tokens: {:.1} %", low + 1, 100.0 * right);
+                let _ =
+                    write!(accuracy, "; beginnings of {} to {high} tokens: {:.1} %", low + 1, 100.0 * right);
             }
         }
         let texts = features.get("label")?.size()[0] as usize;
@@ -205,7 +214,10 @@ impl Training {
         let logits = judge.logits_of(&buckets(HELD_OUT))?;
         let accuracy = said(&by_group(&logits, parts[HELD_OUT].examples())?);
         let title = "Sentiment by n-grams of words: half of the judge";
-        judge.save(self.out.join("judge-ngrams"), &self.card("judge-ngrams", title, x.len(), "judge", &accuracy))
+        judge.save(
+            self.out.join("judge-ngrams"),
+            &self.card("judge-ngrams", title, x.len(), "judge", &accuracy),
+        )
     }
 
     fn embeddings(&self, model: &TextModel) -> Result<()> {

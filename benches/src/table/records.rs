@@ -29,7 +29,10 @@ pub struct Records<R: Keyed> {
 impl<R: Keyed> Records<R> {
     /// Opens or begins a file of these settings. A last line that was not written to its end, by a run that was ended, is
     /// cut off.
-    pub fn open<S: Serialize + DeserializeOwned + PartialEq + Debug>(path: &Path, settings: &S) -> Result<Self> {
+    pub fn open<S: Serialize + DeserializeOwned + PartialEq + Debug>(
+        path: &Path,
+        settings: &S,
+    ) -> Result<Self> {
         let io = |source| Error::io(path, source);
         let mut options = OpenOptions::new();
         let mut file = options.read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;

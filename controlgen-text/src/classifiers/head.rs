@@ -92,7 +92,8 @@ impl Head {
             let (what, at) = ("features".into(), "a row".into());
             return Err(Error::NotFinite { what, at, found: "NaN or infinity".into() });
         }
-        let scale = deviation.f_clamp_min(1e-12)?.f_reciprocal()?.f_masked_fill(&deviation.f_lt(1e-12)?, 1.0)?;
+        let scale =
+            deviation.f_clamp_min(1e-12)?.f_reciprocal()?.f_masked_fill(&deviation.f_lt(1e-12)?, 1.0)?;
         self.value("mean")?.f_copy_(&features.f_mean_dim(0i64, false, Kind::Double)?)?;
         self.value("scale")?.f_copy_(&scale)?;
         Ok(())

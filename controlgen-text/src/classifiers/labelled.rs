@@ -71,7 +71,11 @@ impl Labelled {
                 return Err(Error::value(what, format!("0 .. {}", classes.len()), example.label));
             }
             if example.text.trim().is_empty() {
-                return Err(Error::value(format!("text of example {i}"), "one that is not blank", "a blank one"));
+                return Err(Error::value(
+                    format!("text of example {i}"),
+                    "one that is not blank",
+                    "a blank one",
+                ));
             }
         }
         let used: BTreeSet<usize> = examples.iter().map(|example| example.label).collect();
@@ -102,7 +106,9 @@ impl Labelled {
             "csv" => separated(path, b',', columns)?,
             "tsv" => separated(path, b'\t', columns)?,
             "jsonl" => json_lines(path, columns)?,
-            other => return Err(Error::unsupported(format!("labelled texts in `.{other}`"), ".csv, .tsv, .jsonl")),
+            other => {
+                return Err(Error::unsupported(format!("labelled texts in `.{other}`"), ".csv, .tsv, .jsonl"));
+            }
         };
         if rows.is_empty() {
             return Err(Error::format(path, "expected rows of labelled texts, found none"));
@@ -112,7 +118,11 @@ impl Labelled {
         let mut examples = Vec::with_capacity(rows.len());
         for Row { line, text, label, group } in rows {
             if text.trim().is_empty() {
-                return Err(at(path, line, format!("expected a text in `{}`, found a blank one", columns.text)));
+                return Err(at(
+                    path,
+                    line,
+                    format!("expected a text in `{}`, found a blank one", columns.text),
+                ));
             }
             let index = classes.iter().position(|class| *class == label).ok_or_else(|| {
                 let known = classes.join("`, `");

@@ -52,7 +52,11 @@ impl Pooling {
         };
         let counts = weights.f_sum_dim_intlist(&[1i64][..], true, None::<Kind>)?; // (B, 1)
         if rows == 0 || len == 0 || counts.f_min()?.f_double_value(&[])? < 1.0 {
-            return Err(Error::value("text to classify", "at least one token in each row", "a row without any"));
+            return Err(Error::value(
+                "text to classify",
+                "at least one token in each row",
+                "a row without any",
+            ));
         }
         let mean = || -> Result<Tensor> {
             let sums = weights.f_unsqueeze(1)?.f_bmm(features)?.f_squeeze_dim(1)?; // (B, D)

@@ -19,6 +19,22 @@ use crate::tokenizer::{Special, Tokenizer};
 ///
 /// *Cost*: for k candidates of B rows one pass of the blocks up to the site that is read, over `[B k, 1]` tokens with the
 /// rows' caches repeated; one over `[B, 1]` for the tokens chosen.
+///
+/// ```no_run
+/// # fn main() -> controlgen_core::Result<()> {
+/// use controlgen_core::Placement;
+/// use controlgen_text::TextModel;
+/// use controlgen_text::classifiers::PrefixDiscriminator;
+/// use controlgen_text::controls::{Fudge, TopP};
+///
+/// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
+/// let sentiment = PrefixDiscriminator::open("benches/data/sentiment/guide-prefixes", model.lm())?;
+/// let good = Fudge::new(sentiment.of("positive")?, 6.0, 10)?;
+/// let done = model.generate("The painting").with(good).with(TopP::new(0.9)?).sample(0).max_new_tokens(20).run()?;
+/// println!("{:?}", done.text());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 pub struct PrefixDiscriminator {
     states: LmStates,

@@ -2,8 +2,8 @@
 
 use controlgen_core::energy::Text;
 use controlgen_core::{
-    At, Binding, Control, Controls, Dims, Error, LanguageModel, LmInput, Pass, Result, SiteId, SiteKind, SiteMap,
-    Source, Taps,
+    At, Binding, Control, Controls, Dims, Error, LanguageModel, LmInput, Pass, Result, SiteId, SiteKind,
+    SiteMap, Source, State, Taps,
 };
 use tch::{Kind, Tensor};
 
@@ -111,30 +111,29 @@ impl LmStates {
     pub fn of(&self, x: &Text) -> Result<Tensor> {
         let device = self.lm.spec().placement.device;
         let keep = x.keep().map(|keep| keep.f_to_device(device)).transpose()?;
-        let rows = x.keep().map_or(0, |keep| keep.size().first().copied().unwrap_or(0));
-        match x {
-            Text::Hard { ids, .. } => {
-                let ids = ids.f_to_device(device)?;
-                let input = LmInput::ids(&ids).keep(keep.as_ref());
-                let rows = ids.size().first().copied().unwrap_or(rows).max(1);
-                let mut state = self.lm.start(Source::Rows(rows), &Pass::default())?;
-                self.read(input, &mut state)
+        let (ids, embeds);
+        let input = match x {
+            Text::Hard { ids: given, .. } => {
+                ids = given.f_to_device(device)?;
+                LmInput::ids(&ids)
             }
             Text::Soft { probs, .. } => {
-                let embeds = expected_embeddings(self.lm.embeddings(), probs)?; // (B, T, D)
-                let embeds = embeds.f_to_kind(self.lm.spec().placement.kind)?;
-                let rows = embeds.size()[0].max(1);
-                let mut state = self.lm.start(Source::Rows(rows), &Pass::default())?;
-                self.read(LmInput::embeds(&embeds).keep(keep.as_ref()), &mut state)
+                let expected = expected_embeddings(self.lm.embeddings(), probs)?; // (B, T, D)
+                embeds = expected.f_to_kind(self.lm.spec().placement.kind)?;
+                LmInput::embeds(&embeds)
             }
-        }
+        };
+        let input = input.keep(keep.as_ref());
+        let (rows, _) = input.validate(self.lm.spec())?;
+        let mut state = self.lm.start(Source::Rows(rows), &Pass::default())?;
+        self.read(input, &mut state)
     }
 
     /// The states of these positions, f32 `[B, T, D]`, after those that `state` has read.
     ///
     /// # Errors
     /// As for [`LmStates::of`].
-    pub fn read(&self, input: LmInput<'_>, state: &mut controlgen_core::State) -> Result<Tensor> {
+    pub fn read(&self, input: LmInput<'_>, state: &mut State) -> Result<Tensor> {
         let taps = Taps::new();
         let pass = Pass { taps: Some(&taps), ..Pass::with_controls(&self.controls) };
         self.lm.forward(if self.output { input } else { input.last() }, state, &pass)?;
@@ -169,7 +168,11 @@ pub(super) fn expected_embeddings(table: &Tensor, probs: &Tensor) -> Result<Tens
     }
     if !probs.is_floating_point() {
         let found = format!("{:?}", probs.f_kind()?);
-        return Err(Error::Kind { what: "soft tokens".into(), expected: "a floating-point type".into(), found });
+        return Err(Error::Kind {
+            what: "soft tokens".into(),
+            expected: "a floating-point type".into(),
+            found,
+        });
     }
     Ok(probs.f_to_device(table.device())?.f_to_kind(table.f_kind()?)?.f_matmul(table)?)
 }
@@ -185,7 +188,11 @@ fn resolve(sites: &SiteMap, names: &[String]) -> Result<Vec<SiteId>> {
             [_] => return Err(Error::value("sites of hidden states", "different ones", name)),
             ref several => {
                 let expected = "the name of one linear site";
-                return Err(Error::value("site of hidden states", expected, format!("{name}, of {}", several.len())));
+                return Err(Error::value(
+                    "site of hidden states",
+                    expected,
+                    format!("{name}, of {}", several.len()),
+                ));
             }
         }
     }

@@ -81,7 +81,11 @@ pub fn accuracy(logits: &Tensor, labels: &[i64]) -> Result<f64> {
         return Err(Error::value("labels", "at least one", "none"));
     }
     if rows != labels.len() as i64 {
-        return Err(Error::shape("logits of classes", format!("[{}, {classes}]", labels.len()), &logits.size()));
+        return Err(Error::shape(
+            "logits of classes",
+            format!("[{}, {classes}]", labels.len()),
+            &logits.size(),
+        ));
     }
     if let Some(bad) = labels.iter().find(|label| !(0..classes).contains(*label)) {
         return Err(Error::value("label", format!("0 .. {classes}"), bad));

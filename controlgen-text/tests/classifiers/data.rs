@@ -19,7 +19,8 @@ fn example(text: &str, label: usize, group: &str) -> Example {
 fn three_formats_say_the_same() {
     let folder = tempfile::tempdir().unwrap();
     let csv = b"id,label,text,source\n1,pos,\"A \"\"fine\"\" film,\nover two lines\",x\n2, neg ,Dull.,y\n";
-    let tsv = "id\tlabel\ttext\tsource\n1\tpos\tA \"fine\" film, on one line\tx\n2\tneg\tDull.\ty\n".as_bytes();
+    let tsv =
+        "id\tlabel\ttext\tsource\n1\tpos\tA \"fine\" film, on one line\tx\n2\tneg\tDull.\ty\n".as_bytes();
     let jsonl = "{\"text\": \"A \\\"fine\\\" film,\\nover two lines\", \"label\": \"pos\", \"source\": \"x\"}\n\
                  {\"label\": \"neg\", \"text\": \"Dull.\", \"source\": \"y\"}\n";
     let columns = Columns { group: Some("source".into()), ..Columns::default() };
@@ -38,7 +39,8 @@ fn three_formats_say_the_same() {
     let read = Labelled::open(folder.path().join("a.csv"), &Columns { classes, ..columns }).unwrap();
     assert_eq!(read.examples()[0].label, 0);
     // Numbers and booleans are labels.
-    let path = file(&folder, "b.jsonl", b"{\"text\": \"a\", \"label\": 1}\n{\"text\": \"b\", \"label\": 0}\n");
+    let path =
+        file(&folder, "b.jsonl", b"{\"text\": \"a\", \"label\": 1}\n{\"text\": \"b\", \"label\": 0}\n");
     assert_eq!(Labelled::open(path, &Columns::default()).unwrap().classes(), ["0", "1"]);
 }
 
@@ -50,7 +52,11 @@ fn bad_files_are_refused_with_their_line() {
         ("a.csv", b"text,label\ngood,1\n  ,0\n", "line 3: expected a text in `text`, found a blank one"),
         ("a.csv", b"text,label\ngood,1\nbad\n", "line 3: expected 2 fields, found 1"),
         ("a.csv", b"text,label\ngood,1\nbad,0,0\n", "line 3: expected 2 fields, found 3"),
-        ("a.csv", b"text,label\n\"two\nlines\",1\nbad,2\n", "line 4: expected one of `0`, `1` in `label`, found `2`"),
+        (
+            "a.csv",
+            b"text,label\n\"two\nlines\",1\nbad,2\n",
+            "line 4: expected one of `0`, `1` in `label`, found `2`",
+        ),
         ("a.csv", b"text,label\ngood,1\nbad, \n", "line 3: expected a label in `label`, found nothing"),
         ("a.csv", b"text,label\ngood,1\nb\xffd,0\n", "line 3: expected UTF-8"),
         ("a.csv", b"text,class\ngood,1\n", "line 1: expected a column `label`, found `text`, `class`"),
@@ -60,7 +66,11 @@ fn bad_files_are_refused_with_their_line() {
         ("a.tsv", b"text\tlabel\ngood\t1\nbad\n", "line 3: expected 2 fields, found 1"),
         ("a.jsonl", b"{\"text\": \"a\", \"label\": 1}\n\n", "line 2: EOF"),
         ("a.jsonl", b"{\"text\": \"a\", \"label\": 1}\n[1]\n", "line 2: expected a JSON object"),
-        ("a.jsonl", b"{\"text\": \"a\", \"label\": 1}\n{\"text\": \"b\"}\n", "line 2: expected a field `label`, found none"),
+        (
+            "a.jsonl",
+            b"{\"text\": \"a\", \"label\": 1}\n{\"text\": \"b\"}\n",
+            "line 2: expected a field `label`, found none",
+        ),
         ("a.jsonl", b"{\"text\": [], \"label\": 1}\n", "line 1: expected a string or a number in `text`"),
         ("a.jsonl", b"{\"text\": \"a\", \"label\": \"x\"}\n", "line 1: expected one of `0`, `1`"),
         ("a.jsonl", b"{\"text\": \"a\", \"label\": 1}\n\xff\n", "line 2: expected UTF-8"),

@@ -5,8 +5,8 @@ use std::fs;
 use controlgen_core::checkpoint::save;
 use controlgen_core::{Classifier, Error};
 use controlgen_text::classifiers::{
-    EmbeddingClassifier, Head, LmClassifier, LmStates, ModelCard, NgramClassifier, Pooling, PrefixDiscriminator,
-    padded_text,
+    EmbeddingClassifier, Head, LmClassifier, LmStates, ModelCard, NgramClassifier, Pooling,
+    PrefixDiscriminator, padded_text,
 };
 use tch::{Kind, Tensor};
 
@@ -16,7 +16,12 @@ const SITE: &str = "model.layers.1.self_attn.q_proj";
 const CLASSES: [&str; 2] = ["negative", "positive"];
 
 fn card() -> ModelCard {
-    ModelCard { title: "Sentiment".into(), accuracy: "85 %".into(), command: "make it".into(), ..ModelCard::default() }
+    ModelCard {
+        title: "Sentiment".into(),
+        accuracy: "85 %".into(),
+        command: "make it".into(),
+        ..ModelCard::default()
+    }
 }
 
 /// One whose parameters are numbers of f16, so that nothing is lost on the way.
@@ -79,7 +84,8 @@ fn another_model_is_refused() {
     }
     // Of another width.
     let path = folder.path().join("config.json");
-    let text = fs::read_to_string(&path).unwrap().replace("\"base_hidden_size\": 24", "\"base_hidden_size\": 32");
+    let text =
+        fs::read_to_string(&path).unwrap().replace("\"base_hidden_size\": 24", "\"base_hidden_size\": 32");
     fs::write(&path, text).unwrap();
     let error = LmClassifier::open(folder.path(), &*model("llama_gqa_tied")).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("`base_hidden_size`: expected the model's 24, found 32"), "{error}");

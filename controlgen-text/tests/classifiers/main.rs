@@ -1,5 +1,5 @@
 //! Labelled texts, their splits, and classifiers of texts.
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -34,7 +34,8 @@ fn shake(parameters: &[(String, Tensor)]) {
     let _guard = tch::no_grad_guard();
     for (i, (name, value)) in parameters.iter().enumerate() {
         let n = value.numel() as i64;
-        let numbers = (Tensor::arange(n, (Kind::Float, tch::Device::Cpu)) * 0.7 + i as f64).sin().view_as(value);
+        let numbers =
+            (Tensor::arange(n, (Kind::Float, tch::Device::Cpu)) * 0.7 + i as f64).sin().view_as(value);
         let numbers = if name.ends_with("scale") { numbers * 0.3 + 1.0 } else { numbers };
         value.shallow_clone().copy_(&numbers);
     }

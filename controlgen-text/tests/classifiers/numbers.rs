@@ -3,11 +3,12 @@
 use controlgen_core::energy::{Energy, Text, gradient};
 use controlgen_core::testing::{left_padded, right_padded};
 use controlgen_core::{
-    At, Binding, Classifier, Control, Controls, LmInput, Pass, Result, Rows, SiteId, SiteKind, SiteMap, Source, Taps,
+    At, Binding, Classifier, Control, Controls, LmInput, Pass, Result, Rows, SiteId, SiteKind, SiteMap,
+    Source, Taps,
 };
 use controlgen_text::classifiers::{
-    EmbeddingClassifier, Ensemble, Head, LmClassifier, LmStates, NgramClassifier, Pooling, PrefixDiscriminator,
-    padded_text,
+    EmbeddingClassifier, Ensemble, Head, LmClassifier, LmStates, NgramClassifier, Pooling,
+    PrefixDiscriminator, padded_text,
 };
 use controlgen_text::controls::FutureDiscriminator;
 use tch::{Device, Kind, Tensor};
@@ -133,7 +134,8 @@ fn keeps_its_promises(classifier: &dyn Classifier<Text>, vocab: i64) {
         close(&numbers_of(&classifier.logits(&hard).unwrap()), &alone, 1e-4);
         close(&numbers_of(&classifier.logits(&soft).unwrap()), &alone, 1e-4);
     }
-    let logits = ((Tensor::arange(4 * vocab, (Kind::Float, Device::Cpu)) * 1.3).sin() * 2.0).view([1, 4, vocab]);
+    let logits =
+        ((Tensor::arange(4 * vocab, (Kind::Float, Device::Cpu)) * 1.3).sin() * 2.0).view([1, 4, vocab]);
     let probs = logits.softmax(-1, None);
     struct Of(Box<dyn Classifier<Text>>);
     impl Clone for Of {
@@ -160,7 +162,9 @@ fn keeps_its_promises(classifier: &dyn Classifier<Text>, vocab: i64) {
     let told = (slope * along).sum(Kind::Double).double_value(&[]);
     assert!((measured - told).abs() < 2e-2 * (1.0 + told.abs()), "{measured} instead of {told}");
     assert!(classifier.logits(&Text::hard(Tensor::from_slice(&[vocab]).view([1, 1]))).is_err());
-    assert!(classifier.logits(&Text::soft(Tensor::ones([1, 2, vocab + 1], (Kind::Float, Device::Cpu)))).is_err());
+    assert!(
+        classifier.logits(&Text::soft(Tensor::ones([1, 2, vocab + 1], (Kind::Float, Device::Cpu)))).is_err()
+    );
 }
 
 #[test]
@@ -199,15 +203,17 @@ fn a_classifier_of_embeddings() {
             let mut sum = get("convolution.bias")[c];
             for w in 0..3i64 {
                 let Some(u) = usize::try_from(t + w - 1).ok().and_then(|t| u.get(t)) else { continue };
-                sum += (0..4).map(|i| get("convolution.weight")[12 * c + 3 * i + w as usize] * u[i]).sum::<f64>();
+                sum += (0..4)
+                    .map(|i| get("convolution.weight")[12 * c + 3 * i + w as usize] * u[i])
+                    .sum::<f64>();
             }
             *mean += gelu(sum) / 2.0;
         }
     }
-    let z: Vec<f64> =
-        (0..4).map(|c| (mean[c] - get("head.mean")[c]) * get("head.scale")[c]).collect();
+    let z: Vec<f64> = (0..4).map(|c| (mean[c] - get("head.mean")[c]) * get("head.scale")[c]).collect();
     let (w, b) = (get("head.output.weight"), get("head.output.bias"));
-    let expected: Vec<f64> = (0..2).map(|k| b[k] + (0..4).map(|c| w[4 * k + c] * z[c]).sum::<f64>()).collect();
+    let expected: Vec<f64> =
+        (0..2).map(|k| b[k] + (0..4).map(|c| w[4 * k + c] * z[c]).sum::<f64>()).collect();
     let ids = Tensor::from_slice(&[11i64, 42]).view([1, 2]);
     close(&numbers_of(&classifier.logits(&Text::hard(ids)).unwrap()), &expected, 1e-4);
 }
@@ -225,8 +231,9 @@ fn a_classifier_of_n_grams_is_its_formula() {
     shake(&classifier.parameters());
     let p = classifier.parameters();
     let (w, b) = (numbers_of(&p[0].1), numbers_of(&p[1].1));
-    let expected: Vec<f64> =
-        (0..2).map(|k| b[k] + [836, 396, 615].iter().map(|g| w[2 * g + k]).sum::<f64>() / 3f64.sqrt()).collect();
+    let expected: Vec<f64> = (0..2)
+        .map(|k| b[k] + [836, 396, 615].iter().map(|g| w[2 * g + k]).sum::<f64>() / 3f64.sqrt())
+        .collect();
     let found = classifier.logits(&["A fine".to_owned()][..]).unwrap();
     close(&numbers_of(&found), &expected, 1e-5);
     // No words: the bias alone.
@@ -236,11 +243,11 @@ fn a_classifier_of_n_grams_is_its_formula() {
 
 #[test]
 fn an_ensemble_sums_log_probabilities() {
-    let members: Vec<NgramClassifier> = (1..3).map(|n| NgramClassifier::new(50, n, &CLASSES).unwrap()).collect();
+    let members: Vec<NgramClassifier> =
+        (1..3).map(|n| NgramClassifier::new(50, n, &CLASSES).unwrap()).collect();
     members.iter().for_each(|member| shake(&member.parameters()));
     let x = ["One fine day".to_owned(), "no".to_owned()];
-    let ensemble =
-        Ensemble::new(vec![(1.0, members[0].handle()), (0.5, members[1].handle())]).unwrap();
+    let ensemble = Ensemble::new(vec![(1.0, members[0].handle()), (0.5, members[1].handle())]).unwrap();
     let expected = members[0].logits(&x[..]).unwrap().log_softmax(-1, Kind::Float)
         + members[1].logits(&x[..]).unwrap().log_softmax(-1, Kind::Float) * 0.5;
     close(&numbers_of(&ensemble.logits(&x[..]).unwrap()), &numbers_of(&expected), 1e-6);
@@ -263,13 +270,15 @@ fn a_discriminator_asked_step_by_step_says_what_it_says_of_the_whole_text() {
     let mut state = positive.start(&texts).unwrap();
     for step in 0..3i64 {
         let rows = texts.len() as i64;
-        let candidates = (Tensor::arange(rows * 4, (Kind::Int64, Device::Cpu)) * 7 + step).remainder(59).view([rows, 4]);
+        let candidates =
+            (Tensor::arange(rows * 4, (Kind::Int64, Device::Cpu)) * 7 + step).remainder(59).view([rows, 4]);
         let told = positive.log_probs(&mut state, &candidates).unwrap();
         for (i, text) in texts.iter().enumerate() {
             for k in 0..4 {
                 let token = candidates.int64_value(&[i as i64, k]);
                 let whole = [&text[..], &[token]].concat();
-                let logits = positive.logits(&padded_text(&[&whole]).unwrap()).unwrap().log_softmax(-1, Kind::Float);
+                let logits =
+                    positive.logits(&padded_text(&[&whole]).unwrap()).unwrap().log_softmax(-1, Kind::Float);
                 let expected = logits.double_value(&[0, whole.len() as i64 - 1, 1]);
                 let found = told.double_value(&[i as i64, k]);
                 assert!((found - expected).abs() < 1e-4, "{found} instead of {expected}");

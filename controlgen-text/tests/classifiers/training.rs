@@ -18,7 +18,8 @@ fn a_linear_head_comes_to_the_frequencies() {
     let head = Head::new(1, None, 2, 0).unwrap();
     head.standardise(&x).unwrap();
     let before: Vec<Tensor> = head.parameters().iter().take(2).map(|(_, value)| value.copy()).collect();
-    let mut task = CrossEntropy::new(y, |rows: &[i64]| Ok(head.logits(&x.index_select(0, &Tensor::from_slice(rows)))?));
+    let mut task =
+        CrossEntropy::new(y, |rows: &[i64]| Ok(head.logits(&x.index_select(0, &Tensor::from_slice(rows)))?));
     let optimizer = AdamW::new(
         &trainable(head.parameters()).unwrap(),
         AdamWConfig { weight_decay: 0.0, ..AdamWConfig::default() },
@@ -26,7 +27,8 @@ fn a_linear_head_comes_to_the_frequencies() {
     .unwrap();
     let config = TrainerConfig::new(600, 18, Schedule::cosine(0.1, 600).unwrap());
     Trainer::new(config, optimizer).unwrap().run(&mut task, &mut (), &CancelToken::new()).unwrap();
-    let p = head.logits(&Tensor::from_slice(&[0f32, 1.]).view([2, 1])).unwrap().softmax(-1, tch::Kind::Double);
+    let p =
+        head.logits(&Tensor::from_slice(&[0f32, 1.]).view([2, 1])).unwrap().softmax(-1, tch::Kind::Double);
     close(&Vec::<f64>::try_from(p.select(1, 1).contiguous()).unwrap(), &[0.2, 0.75], 1e-3);
     // μ and s are not trained.
     assert!(head.parameters().iter().zip(&before).all(|((_, now), before)| now.equal(before)));
