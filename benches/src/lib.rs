@@ -1,5 +1,6 @@
 //! Support for the benchmark suites, the conformance tool and the demo of controlgen (not published).
 
+pub mod attribute;
 pub mod conformance;
 pub mod decode;
 pub mod device_suite;
@@ -7,6 +8,8 @@ pub mod grammars;
 pub mod lexical;
 pub mod models;
 pub mod paired;
+pub mod sentiment;
+mod table;
 
 use std::process::ExitCode;
 

@@ -25,6 +25,7 @@
 
 pub mod arithmetic;
 pub mod chat;
+pub mod classifiers;
 pub mod controls;
 pub mod energies;
 pub mod evaluation;

@@ -12,6 +12,7 @@ mod libtorch;
 mod lock;
 mod model;
 mod python;
+mod reviews;
 mod sentence_model;
 mod stamp;
 mod wheels;
@@ -34,6 +35,8 @@ pub struct Options {
     fetch_only: bool,
     /// The models that no test needs, too.
     models: bool,
+    /// The data that classifiers are trained on, too.
+    data: bool,
     /// Where `.controlgen` is to lie, if not in the checkout. Not in the help: for trying set-up itself out.
     root: Option<PathBuf>,
 }
@@ -76,9 +79,14 @@ impl Options {
                 "--cuda" => options.compute = Some(Compute::Cuda),
                 "--fetch-only" => options.fetch_only = true,
                 "--models" => options.models = true,
+                "--data" => options.data = true,
                 "--root" => options.root = Some(arguments.value_of("--root")?.into()),
                 other => {
-                    return Err(arguments::unknown("setup", other, "--cpu, --cuda, --fetch-only, --models"));
+                    return Err(arguments::unknown(
+                        "setup",
+                        other,
+                        "--cpu, --cuda, --fetch-only, --models, --data",
+                    ));
                 }
             }
         }
@@ -124,6 +132,9 @@ pub fn ensure(repository: &Repository, options: &Options) -> Result<Ready> {
     if options.models {
         sentence_model::ensure(repository, &mut stamp, &temporary.0)?;
     }
+    if options.data {
+        reviews::ensure(repository, &mut stamp, &temporary.0)?;
+    }
     if !options.fetch_only {
         huggingface::ensure(repository, &mut stamp, &temporary.0, &ready.libtorch)?;
     }
@@ -140,6 +151,7 @@ fn is_complete(repository: &Repository, options: &Options, source: &Source, stam
         && libtorch::is_done(source, stamp)
         && model::is_done(stamp)
         && (!options.models || sentence_model::is_done(stamp))
+        && (!options.data || reviews::is_done(stamp))
         && (options.fetch_only || huggingface::is_done(stamp))
         && !repository.temporary().exists()
 }
@@ -234,11 +246,13 @@ mod tests {
     #[test]
     fn options_are_read_and_refused() {
         let options =
-            Options::parse(Arguments::of(&["--cpu", "--models", "--fetch-only", "--root", "/x"])).unwrap();
+            Options::parse(Arguments::of(&["--cpu", "--models", "--data", "--fetch-only", "--root", "/x"]))
+                .unwrap();
         let expected = Options {
             compute: Some(Compute::Cpu),
             fetch_only: true,
             models: true,
+            data: true,
             root: Some(PathBuf::from("/x")),
         };
         assert_eq!(options, expected);
