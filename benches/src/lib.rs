@@ -31,8 +31,12 @@ mod guide {
     mod text {}
     #[doc = include_str!("../../docs/guide/constraints.md")]
     mod constraints {}
+    #[doc = include_str!("../../docs/guide/steering.md")]
+    mod steering {}
     #[doc = include_str!("../../docs/guide/inside.md")]
     mod inside {}
+    #[doc = include_str!("../../docs/guide/training.md")]
+    mod training {}
     #[doc = include_str!("../../docs/guide/adapters.md")]
     mod adapters {}
     #[doc = include_str!("../../docs/guide/images.md")]
