@@ -202,7 +202,7 @@ fn what_makes_no_sense_is_refused() {
     assert!(matches!(image, Err(Error::Unsupported { .. })));
     let bert = bert("bert");
     for bad in [3, -1] {
-        let (ids, types) = (ids(2), ids(2) * 0 + bad);
+        let (ids, types) = (ids(2), Tensor::full([2, 2], bad, (Kind::Int64, Device::Cpu)));
         let input = BertInput { token_types: Some(&types), ..BertInput::new(Tokens::Ids(&ids), None) };
         assert!(matches!(bert.forward(input, &Pass::default()), Err(Error::Value { .. })));
     }
