@@ -9,8 +9,10 @@ use controlgen_text::{Generate, Generation, TextModel};
 
 use super::words;
 
-/// How many of the best tokens FUDGE weighs.
+/// How many of the best tokens FUDGE weighs. Few: each is a token for the guide to read.
 const CANDIDATES: usize = 10;
+/// λ of FUDGE by itself. The best ten tokens are far likelier than what top-p samples, so that much can be asked of them.
+const WEIGHT: f64 = 20.0;
 /// Of how many texts the best is taken where a method says so.
 const BEST_OF: usize = 4;
 
@@ -104,7 +106,7 @@ pub const METHODS: &[Method] = &[
     },
     Method {
         name: "fudge",
-        make: |job| Ok(texts(&job.sampled(job.generate(job.model).with(job.fudge(6.0)?))?)),
+        make: |job| Ok(texts(&job.sampled(job.generate(job.model).with(job.fudge(WEIGHT)?))?)),
     },
     Method {
         name: "pplm",
@@ -122,11 +124,14 @@ pub const METHODS: &[Method] = &[
         name: "dexperts_fudge",
         make: |job| {
             let model = job.experts(1.0)?;
-            Ok(texts(&job.sampled(job.generate(&model).with(job.fudge(6.0)?))?))
+            Ok(texts(&job.sampled(job.generate(&model).with(job.fudge(WEIGHT)?))?))
         },
     },
     // The best of several by the discriminator that led them, at the whole text.
-    Method { name: "fudge_best_of_4", make: |job| best(job, job.generate(job.model).with(job.fudge(6.0)?)) },
+    Method {
+        name: "fudge_best_of_4",
+        make: |job| best(job, job.generate(job.model).with(job.fudge(WEIGHT)?)),
+    },
     Method {
         name: "dexperts_best_of_4",
         make: |job| {

@@ -52,6 +52,9 @@ impl SentimentJudge {
     }
 }
 
+/// One of a verdict's numbers.
+type Column = fn(&Verdict) -> f64;
+
 /// Measures the judge and its halves on the held-out part, from the texts on.
 pub fn measure(reviews: &Path, folder: &Path, model: &TextModel, most: Option<usize>) -> Result<()> {
     let judge = SentimentJudge::open(folder, model)?;
@@ -61,7 +64,7 @@ pub fn measure(reviews: &Path, folder: &Path, model: &TextModel, most: Option<us
     let texts: Vec<String> = examples.iter().map(|example| example.text.clone()).collect();
     let verdicts = judge.verdicts(&texts)?;
     println!("classes: {}", CLASSES.join(", "));
-    let columns: [(&str, fn(&Verdict) -> f64); 3] =
+    let columns: [(&str, Column); 3] =
         [("judge", |v| v.positive), ("hidden states", |v| v.halves[0]), ("n-grams", |v| v.halves[1])];
     for (name, of) in columns {
         let rows: Vec<f64> = verdicts.iter().flat_map(|v| [1.0 - of(v), of(v)]).collect();

@@ -45,7 +45,7 @@ impl Fit {
         let mut loss = 0.0;
         let mut watch = |report: &StepReport| {
             loss = if report.step == 0 { report.loss } else { 0.98 * loss + 0.02 * report.loss };
-            if (report.step + 1) % report.steps.div_ceil(8) == 0 {
+            if (report.step + 1).is_multiple_of(report.steps.div_ceil(8)) {
                 println!("{name}: step {} of {}, loss {loss:.4}", report.step + 1, report.steps);
             }
             Flow::Continue

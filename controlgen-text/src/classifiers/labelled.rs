@@ -107,7 +107,10 @@ impl Labelled {
             "tsv" => separated(path, b'\t', columns)?,
             "jsonl" => json_lines(path, columns)?,
             other => {
-                return Err(Error::unsupported(format!("labelled texts in `.{other}`"), ".csv, .tsv, .jsonl"));
+                return Err(Error::unsupported(
+                    format!("labelled texts in `.{other}`"),
+                    ".csv, .tsv, .jsonl",
+                ));
             }
         };
         if rows.is_empty() {

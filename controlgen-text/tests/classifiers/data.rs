@@ -123,8 +123,8 @@ fn no_text_is_in_two_parts() {
     assert_eq!(seen.len(), 4000, "duplicates");
     assert!(!seen.iter().any(|text| text.contains("good")), "of two minds");
     // Five deviations of binomial counts.
-    for (part, share) in parts.iter().zip([0.45, 0.45, 0.1]) {
-        let deviation = (4000.0 * share * (1.0 - share) as f64).sqrt();
+    for (part, share) in parts.iter().zip([0.45_f64, 0.45, 0.1]) {
+        let deviation = (4000.0 * share * (1.0 - share)).sqrt();
         let off = (part.examples().len() as f64 - 4000.0 * share).abs();
         assert!(off < 5.0 * deviation, "{} of {share}", part.examples().len());
     }

@@ -15,6 +15,8 @@ use super::{close, model, numbers_of, shake};
 const SITE: &str = "model.layers.1.self_attn.q_proj";
 const CLASSES: [&str; 2] = ["negative", "positive"];
 
+type Named = Vec<(String, Tensor)>;
+
 fn card() -> ModelCard {
     ModelCard {
         title: "Sentiment".into(),
@@ -111,7 +113,7 @@ fn a_damaged_directory_is_refused() {
     fs::remove_file(&tensors).unwrap();
     assert!(matches!(refused("no tensors"), Error::Io { .. } | Error::Format { .. }));
 
-    let altered = |change: &dyn Fn(&mut Vec<(String, Tensor)>)| {
+    let altered = |change: &dyn Fn(&mut Named)| {
         fresh();
         let mut parameters: Vec<(String, Tensor)> =
             made.head().parameters().into_iter().map(|(name, value)| (name, value.detach())).collect();
