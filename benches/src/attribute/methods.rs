@@ -3,7 +3,7 @@
 use controlgen_core::Result;
 use controlgen_text::arithmetic::{classifier_free_guidance, dexperts};
 use controlgen_text::classifiers::PrefixDiscriminator;
-use controlgen_text::controls::{Fudge, Gedi, TopP};
+use controlgen_text::controls::{Fudge, Gedi, TopK, TopP};
 use controlgen_text::pplm::{BagOfWords, Pplm, PplmSettings};
 use controlgen_text::{Generate, Generation, TextModel};
 
@@ -77,6 +77,11 @@ fn texts(generation: &Generation) -> Vec<String> {
 /// In the order of the table. All draw from the 0.9 of the mass that the control leaves (top-p).
 pub const METHODS: &[Method] = &[
     Method { name: REFERENCE, make: |job| Ok(texts(&job.sampled(job.generate(job.model))?)) },
+    // What FUDGE's ban of all other tokens does by itself to fluency.
+    Method {
+        name: "top_k_10",
+        make: |job| Ok(texts(&job.sampled(job.generate(job.model).with(TopK::new(CANDIDATES)?))?)),
+    },
     // Prompt and negative prompt are instructions before the text.
     Method {
         name: "cfg",

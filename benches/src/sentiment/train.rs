@@ -117,7 +117,7 @@ impl Training {
         Ok(())
     }
 
-    fn card(&self, head: &str, title: &str, texts: usize, part: &str, accuracy: &str) -> ModelCard {
+    fn card(head: &str, title: &str, texts: usize, part: &str, accuracy: &str) -> ModelCard {
         println!("{head}: {accuracy}");
         ModelCard {
             title: title.into(),
@@ -167,7 +167,7 @@ impl Training {
         }
         let texts = features.get("label")?.size()[0] as usize;
         let title = "Sentiment of a text from any beginning of it: the guide of FUDGE";
-        let card = self.card("guide-prefixes", title, texts, "guide", &accuracy);
+        let card = Self::card("guide-prefixes", title, texts, "guide", &accuracy);
         PrefixDiscriminator::new(states, head, &CLASSES)?.save(self.out.join("guide-prefixes"), &card)
     }
 
@@ -193,7 +193,7 @@ impl Training {
         let examples = &parts[HELD_OUT].examples()[..x.size()[0] as usize];
         let accuracy = said(&by_group(&head.logits(&x)?, examples)?);
         let title = "Sentiment by the hidden states of a language model: half of the judge";
-        let card = self.card("judge-states", title, texts, "judge", &accuracy);
+        let card = Self::card("judge-states", title, texts, "judge", &accuracy);
         LmClassifier::new(states, pooling, head, &CLASSES)?.save(self.out.join("judge-states"), &card)
     }
 
@@ -216,7 +216,7 @@ impl Training {
         let title = "Sentiment by n-grams of words: half of the judge";
         judge.save(
             self.out.join("judge-ngrams"),
-            &self.card("judge-ngrams", title, x.len(), "judge", &accuracy),
+            &Self::card("judge-ngrams", title, x.len(), "judge", &accuracy),
         )
     }
 
@@ -241,7 +241,7 @@ impl Training {
         let all = rows.chunks(64).map(|rows| logits(&ids, rows)).collect::<Result<Vec<_>>>()?;
         let accuracy = said(&by_group(&Tensor::f_cat(&all, 0)?, parts[HELD_OUT].examples())?);
         let title = "Sentiment by the embeddings of a language model alone: for gradients";
-        let card = self.card("guide-embeddings", title, x.len(), "guide", &accuracy);
+        let card = Self::card("guide-embeddings", title, x.len(), "guide", &accuracy);
         guide.save(self.out.join("guide-embeddings"), &card)
     }
 }

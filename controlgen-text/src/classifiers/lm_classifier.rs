@@ -21,7 +21,7 @@ use super::{Head, LmStates, Pooling, check_classes};
 /// use controlgen_text::{TextModel, classifiers::LmClassifier};
 ///
 /// let model = TextModel::open("SmolLM2-135M-Instruct", Placement::CPU)?;
-/// let sentiment = LmClassifier::open("benches/data/sentiment/judge", model.lm())?;
+/// let sentiment = LmClassifier::open("benches/data/sentiment/judge-states", model.lm())?;
 /// let ids = model.tokenizer().encode("A warm and funny film.", controlgen_text::tokenizer::Special::Add)?;
 /// let ids = tch::Tensor::f_from_slice(&ids)?.f_unsqueeze(0)?;
 /// println!("{:?}: {}", sentiment.classes(), sentiment.logits(&Text::hard(ids))?);
