@@ -31,6 +31,11 @@
 
 mod samplers;
 mod schedule;
+mod scheduler;
 
-pub use samplers::{Ddim, Predict, Sampler, sample};
-pub use schedule::{DiffusionSchedule, Spacing, steps};
+pub use samplers::{
+    Ddim, Ddpm, DpmSolver, DpmSolverType, Euler, EulerAncestral, FlowMatchEuler, Heun, Lcm, Predict, Sampler,
+    Threshold, Thresholded, UniPc, UniPcType, Variance, sample,
+};
+pub use schedule::{DiffusionSchedule, SigmaSpacing, Spacing, flow_sigmas, from_strength, steps, steps_at};
+pub use scheduler::Scheduler;
