@@ -16,7 +16,7 @@ conformance generate MODEL_DIR --prompt TEXT | --input-ids 1,2,3 [--config gener
 [--repeat R] [--dtype f32|f16|bf16|f64] [--device cpu|cuda:0]
     Completes a prompt; one JSON line on stdout. MODEL_DIR may be a GGUF file. --prompt and --input-ids may be given
     several times: one batch.
-conformance schedule SCHEDULER_CONFIG.json INPUTS.safetensors OUTPUTS.safetensors --steps N
+conformance schedule SCHEDULER_CONFIG.json INPUTS.safetensors OUTPUTS.safetensors --steps N [--eta E]
     Runs a scheduler of diffusers over given model outputs. In: sample [B, C, H, W], model_outputs [K, B, C, H, W] for
     the K calls in order (2 C channels with a learned variance), noise [K, B, C, H, W] where it is drawn. Out:
     timesteps [K], samples [K, B, C, H, W] after each call.";

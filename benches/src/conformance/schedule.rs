@@ -46,16 +46,24 @@ fn entry(name: &str, tensor: &Tensor, k: usize) -> Result<Tensor> {
 }
 
 pub fn run(arguments: &[String]) -> Result<()> {
-    let arguments = Arguments::parse(arguments, &["steps"])?;
+    let arguments = Arguments::parse(arguments, &["steps", "eta"])?;
     let [config, inputs, outputs] =
         arguments.paths(["SCHEDULER_CONFIG.json", "INPUTS.safetensors", "OUTPUTS.safetensors"])?;
     let steps = usize::try_from(arguments.number("steps", 0)?).unwrap_or(usize::MAX);
-    run_one(&config, &inputs, &outputs, steps)
+    let eta = match arguments.get("eta") {
+        None => None,
+        Some(text) => Some(text.parse().map_err(|_| Error::value("--eta", "a number in 0 ..= 1", text))?),
+    };
+    run_one(&config, &inputs, &outputs, steps, eta)
 }
 
 /// One config on one file of inputs.
-fn run_one(config: &Path, inputs: &Path, outputs: &Path, steps: usize) -> Result<()> {
+fn run_one(config: &Path, inputs: &Path, outputs: &Path, steps: usize, eta: Option<f64>) -> Result<()> {
     let scheduler = Scheduler::open(config)?;
+    let scheduler = match eta {
+        None => scheduler,
+        Some(eta) => scheduler.with_eta(eta)?,
+    };
     let inputs = Safetensors::open(inputs)?;
     if let Some(name) = inputs.names().iter().find(|name| !INPUTS.contains(&name.as_str())) {
         return Err(Error::value("input tensor", format!("one of {}", INPUTS.join(", ")), name));

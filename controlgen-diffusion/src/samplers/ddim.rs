@@ -33,6 +33,11 @@ impl Ddim {
         Ok(Self { eta, threshold: None, gaps: false })
     }
 
+    /// The same with another η.
+    pub(crate) fn with_eta(self, eta: f64) -> Result<Self> {
+        Ok(Self { eta: Self::new(eta)?.eta, ..self })
+    }
+
     /// Clips x̂₀ and leaves ε̂ as it was predicted, which is diffusers' default. Under
     /// [`Thresholded`](super::Thresholded) both are of the clipped x̂₀, as Dhariwal & Nichol 2021 have it.
     #[must_use]

@@ -36,7 +36,10 @@ pub struct Scheduler {
     grid: Grid,
     parameterisation: Parameterisation,
     sampler: Box<dyn Sampler>,
+    /// Of classes that keep samples as x/α: whether they begin with σ · noise.
     scales: Option<bool>,
+    /// Of DDIM, whose η is no field of the file.
+    ddim: Option<Ddim>,
 }
 
 impl Scheduler {
@@ -99,6 +102,18 @@ impl Scheduler {
     /// What the model predicts: `prediction_type`.
     pub fn parameterisation(&self) -> Parameterisation {
         self.parameterisation
+    }
+
+    /// With this η of DDIM, which diffusers takes with each step; 0 unless it is said.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for another class; [`Error::Value`] outside 0 ..= 1.
+    pub fn with_eta(self, eta: f64) -> Result<Self> {
+        let Some(ddim) = self.ddim else {
+            return Err(Error::unsupported(format!("eta of {}", self.class), "eta of DDIMScheduler"));
+        };
+        let ddim = ddim.with_eta(eta)?;
+        Ok(Self { sampler: Box::new(ddim), ddim: Some(ddim), ..self })
     }
 
     /// The sampler.
@@ -196,6 +211,7 @@ fn ddpm(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         parameterisation: parameterisation(fields, false)?,
         sampler: within(Ddpm::new(variance).with_noise_at_end(), threshold(fields, true)?),
         scales: None,
+        ddim: None,
     })
 }
 
@@ -203,7 +219,7 @@ fn ddim(class: &'static str, fields: &Fields) -> Result<Scheduler> {
     let table = table(fields, 1e-4, 0.02, "linear")?;
     let ends_clean = fields.bool("set_alpha_to_one", true)?;
     let last = if ends_clean { NoiseLevel::CLEAN } else { table.level(0.0)? };
-    let ddim = Ddim::new(fields.number("eta", 0.0)?)?.with_gaps();
+    let ddim = Ddim::new(0.0)?.with_gaps();
     let ddim = threshold(fields, true)?.map_or(ddim, |threshold| ddim.with_threshold(threshold));
     Ok(Scheduler {
         class,
@@ -212,6 +228,7 @@ fn ddim(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         parameterisation: parameterisation(fields, false)?,
         sampler: Box::new(ddim),
         scales: None,
+        ddim: Some(ddim),
     })
 }
 
@@ -226,6 +243,7 @@ fn lcm(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         parameterisation: parameterisation(fields, false)?,
         sampler: within(lcm, threshold(fields, false)?),
         scales: None,
+        ddim: None,
     })
 }
 
@@ -278,6 +296,7 @@ fn k_diffusion(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         parameterisation,
         sampler,
         scales: Some(!matches!(spacing, Spacing::Leading { .. })),
+        ddim: None,
     })
 }
 
@@ -355,6 +374,7 @@ fn dpm_solver(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         parameterisation: parameterisation(fields, true)?,
         sampler: within(solver, solver_threshold(fields)?),
         scales: None,
+        ddim: None,
     })
 }
 
@@ -384,6 +404,7 @@ fn unipc(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         parameterisation: parameterisation(fields, true)?,
         sampler: within(unipc, solver_threshold(fields)?),
         scales: None,
+        ddim: None,
     })
 }
 
@@ -406,5 +427,6 @@ fn flow_match(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         parameterisation: Parameterisation::Velocity,
         sampler: Box::new(euler),
         scales: None,
+        ddim: None,
     })
 }
