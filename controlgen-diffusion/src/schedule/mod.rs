@@ -116,11 +116,12 @@ impl DiffusionSchedule {
         Self::new(roots.iter().map(|root| ((root - last) * first / (first - last)).powi(2)).collect())
     }
 
-    /// The same schedule with another ᾱ at the end.
-    pub(crate) fn ending_in(mut self, alpha_bar: f64) -> Result<Self> {
+    /// The same schedule with another ᾱ at the end, which may be more than the one before: what diffusers does to a
+    /// schedule that ended in pure noise. Samplers refuse steps along which noise grows.
+    pub(crate) fn ending_in(mut self, alpha_bar: f64) -> Self {
         self.alphas_cumprod.pop();
         self.alphas_cumprod.push(alpha_bar);
-        Self::new(self.alphas_cumprod)
+        self
     }
 
     /// T of a table that is to be computed.

@@ -167,7 +167,8 @@ fn table(fields: &Fields, start: f64, end: f64, schedule: &str) -> Result<Diffus
 /// number.
 fn finite_table(fields: &Fields, start: f64, schedule: &str, end: f64) -> Result<DiffusionSchedule> {
     let table = table(fields, start, end, schedule)?;
-    if table.alphas_cumprod().last() == Some(&0.0) { table.ending_in(0.5f64.powi(24)) } else { Ok(table) }
+    let ends = table.alphas_cumprod().last() == Some(&0.0);
+    Ok(if ends { table.ending_in(0.5f64.powi(24)) } else { table })
 }
 
 fn parameterisation(fields: &Fields, flows: bool) -> Result<Parameterisation> {
