@@ -35,6 +35,7 @@ CLASSES = [
     "HeunDiscreteScheduler",
     "DPMSolverMultistepScheduler",
     "UniPCMultistepScheduler",
+    "PNDMScheduler",
     "LCMScheduler",
     "FlowMatchEulerDiscreteScheduler",
 ]
@@ -98,6 +99,7 @@ OPTIONS = {
         dict(final_sigmas_type="sigma_min"),
         dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     ],
+    "PNDMScheduler": [dict(skip_prk_steps=True, set_alpha_to_one=True)],
     "LCMScheduler": [dict(), dict(clip_sample=True), dict(timestep_scaling=5.0)],
     "FlowMatchEulerDiscreteScheduler": [
         dict(),
@@ -161,6 +163,8 @@ def refused(config: dict) -> bool:
     name = config["_class_name"]
     if name == "EulerAncestralDiscreteScheduler" and config["prediction_type"] == "sample":
         return True
+    if name == "PNDMScheduler" and (config["prediction_type"] == "sample" or config["timestep_spacing"] == "linspace"):
+        return True  # with linspace its stride does not lead from a timestep to the next
     return config.get("rescale_betas_zero_snr", False) and config["prediction_type"] == "epsilon"
 
 
@@ -177,6 +181,8 @@ def configs(name: str):
         config = dict(_class_name=name, prediction_type=prediction, **spacing)
         config.update(BETAS[i % len(BETAS)])
         config.update(option)
+        if name == "PNDMScheduler":
+            config["skip_prk_steps"] = True
         if config not in seen and not refused(config):
             seen.append(config)
             yield config
@@ -239,12 +245,13 @@ def sweep(tool: str, names: list) -> None:
                 for steps in (10, 25, 50, 999 if "Multistep" in name else 1000):
                     now = dict(config)
                     if steps > 50:
-                        now["original_inference_steps"] = 1000
-                        now["steps_offset"] = 0  # with 1 they go beyond training
+                        now.pop("steps_offset", None)  # with 1 they go beyond training
+                        if name == "LCMScheduler":
+                            now["original_inference_steps"] = 1000
                         if "lambda_min_clipped" in now:
                             continue  # less timesteps are left than steps
                     learned = now.get("variance_type") == "learned_range"
-                    calls = 2 * steps - 1 if name == "HeunDiscreteScheduler" else steps
+                    calls = 2 * steps - 1 if name == "HeunDiscreteScheduler" else steps + 1
                     inputs = random_inputs(calls, learned, steps, initial(now, steps))
                     single = run(now, steps, inputs, torch.float32)
                     exact = run(now, steps, inputs, torch.float64)

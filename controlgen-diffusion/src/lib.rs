@@ -34,8 +34,8 @@ mod schedule;
 mod scheduler;
 
 pub use samplers::{
-    Ddim, Ddpm, DpmSolver, DpmSolverType, Euler, EulerAncestral, FlowMatchEuler, Heun, Lcm, Predict, Sampler,
-    Threshold, Thresholded, UniPc, UniPcType, Variance, sample,
+    Ddim, Ddpm, DpmSolver, DpmSolverType, Euler, EulerAncestral, FlowMatchEuler, Heun, Lcm, Pndm, Predict,
+    Sampler, Threshold, Thresholded, UniPc, UniPcType, Variance, sample,
 };
 pub use schedule::{DiffusionSchedule, SigmaSpacing, Spacing, flow_sigmas, from_strength, steps, steps_at};
 pub use scheduler::Scheduler;

@@ -7,8 +7,8 @@ use controlgen_core::testing::{Component, Mixture, MixtureDenoiser, ks_test};
 use controlgen_core::{Condition, Error, NoiseLevel, Parameterisation, Prediction, Result};
 use controlgen_diffusion::{
     Ddim, Ddpm, DiffusionSchedule, DpmSolver, DpmSolverType, Euler, EulerAncestral, FlowMatchEuler, Heun,
-    Lcm, Sampler, SigmaSpacing, Spacing, Threshold, Thresholded, UniPc, UniPcType, Variance, flow_sigmas,
-    from_strength, sample, steps, steps_at,
+    Lcm, Pndm, Sampler, SigmaSpacing, Spacing, Threshold, Thresholded, UniPc, UniPcType, Variance,
+    flow_sigmas, from_strength, sample, steps, steps_at,
 };
 use tch::{Device, Kind, Tensor, kind::DOUBLE_CPU};
 
@@ -69,6 +69,7 @@ fn samples_are_of_the_mixture() {
         ("DPM-Solver++ 2M", Box::new(dpm(2)), &few),
         ("DPM-Solver++ 3M", Box::new(dpm(3)), &few),
         ("SDE-DPM-Solver++ 2M", Box::new(dpm(2).stochastic().unwrap()), &few),
+        ("PNDM", Box::new(Pndm::default()), &few),
         ("UniPC-2", Box::new(UniPc::new(2).unwrap()), &few),
         ("UniPC-3, bh1", Box::new(UniPc::new(3).unwrap().with_type(UniPcType::Bh1)), &few),
     ];
@@ -160,6 +161,8 @@ fn solvers_are_of_their_order() {
         ("DPM-Solver++ 2M", Box::new(dpm(2)), diffusion, 2.0),
         ("DPM-Solver++ 2M, Heun", Box::new(dpm(2).with_type(DpmSolverType::Heun)), diffusion, 2.0),
         ("DPM-Solver++ 2M, flow", Box::new(dpm(2)), NoiseLevel::from_flow, 2.0),
+        ("PNDM", Box::new(Pndm::default()), diffusion, 2.0),
+        ("PNDM, means of v", Box::new(Pndm::default().with_means_of_v()), diffusion, 1.0),
         ("UniPC-1", Box::new(unipc(1)), diffusion, 2.0),
         ("UniPC-2", Box::new(unipc(2)), diffusion, 3.0),
         ("UniPC-2, bh1", Box::new(unipc(2).with_type(UniPcType::Bh1)), diffusion, 3.0),
@@ -244,6 +247,7 @@ fn gradients_shift_each_sampler_in_its_way() {
         Box::new(order(3)),
         Box::new(order(2).stochastic().unwrap()),
         Box::new(UniPc::new(3).unwrap()),
+        Box::new(Pndm::default()),
         Box::new(Lcm::default()),
         Box::new(Ddim::new(0.3).unwrap()),
     ];
@@ -286,6 +290,7 @@ fn numbers_that_are_none_are_found_in_their_step() {
         Box::new(Heun),
         Box::new(DpmSolver::new(2).unwrap()),
         Box::new(UniPc::new(2).unwrap()),
+        Box::new(Pndm::default()),
         Box::new(Lcm::default()),
     ];
     for sampler in samplers {
@@ -354,41 +359,46 @@ fn thresholds_are_as_defined() {
 
 #[test]
 fn what_is_no_setting_or_no_way_is_refused() {
-    fn value<T>(result: Result<T>) -> bool {
+    fn value<T>(result: &Result<T>) -> bool {
         matches!(result, Err(Error::Value { .. }))
     }
     assert!(
-        value(DpmSolver::new(0)) && value(DpmSolver::new(4)) && value(UniPc::new(0)) && value(UniPc::new(4))
+        value(&DpmSolver::new(0))
+            && value(&DpmSolver::new(4))
+            && value(&UniPc::new(0))
+            && value(&UniPc::new(4))
     );
     assert!(matches!(DpmSolver::new(3).unwrap().stochastic(), Err(Error::Unsupported { .. })));
-    assert!(value(EulerAncestral::new(-0.1)) && value(EulerAncestral::new(f64::NAN)));
-    assert!(value(Lcm::new(0.0)) && value(Lcm::new(f64::INFINITY)));
+    assert!(value(&EulerAncestral::new(-0.1)) && value(&EulerAncestral::new(f64::NAN)));
+    assert!(value(&Lcm::new(0.0)) && value(&Lcm::new(f64::INFINITY)));
     let karras = SigmaSpacing::Karras { rho: 7.0 };
     assert!(
-        value(karras.sigmas(1.0, 2.0, 5))
-            && value(karras.sigmas(1.0, 0.0, 5))
-            && value(karras.sigmas(2.0, 1.0, 0))
+        value(&karras.sigmas(1.0, 2.0, 5))
+            && value(&karras.sigmas(1.0, 0.0, 5))
+            && value(&karras.sigmas(2.0, 1.0, 0))
     );
-    assert!(value(SigmaSpacing::Karras { rho: 0.0 }.sigmas(2.0, 1.0, 5)));
+    assert!(value(&SigmaSpacing::Karras { rho: 0.0 }.sigmas(2.0, 1.0, 5)));
     assert!(
-        value(flow_sigmas(0, 1000, 1.0)) && value(flow_sigmas(5, 1000, 0.0)) && value(flow_sigmas(5, 0, 1.0))
+        value(&flow_sigmas(0, 1000, 1.0))
+            && value(&flow_sigmas(5, 1000, 0.0))
+            && value(&flow_sigmas(5, 0, 1.0))
     );
     let steps = ten_steps();
     assert!(
-        value(from_strength(&steps, 1.1))
-            && value(from_strength(&steps, 0.05))
-            && value(from_strength(&steps, f64::NAN))
+        value(&from_strength(&steps, 1.1))
+            && value(&from_strength(&steps, 0.05))
+            && value(&from_strength(&steps, f64::NAN))
     );
     assert_eq!(from_strength(&steps, 0.35).unwrap(), &steps[7..]);
     assert_eq!(from_strength(&steps, 1.0).unwrap(), &steps[..]);
-    assert!(value(steps_at(&[1.0], &[], NoiseLevel::CLEAN)));
+    assert!(value(&steps_at(&[1.0], &[], NoiseLevel::CLEAN)));
     let ran = |sampler: &dyn Sampler, steps: &[Step]| run(sampler, steps, |_, _| (None, 0.0));
-    assert!(value(ran(&FlowMatchEuler::default(), &steps)), "levels that are not of flow");
+    assert!(value(&ran(&FlowMatchEuler::default(), &steps)), "levels that are not of flow");
     // Pure noise, where ε does not say what x₀ is and ln(α / σ) is no number.
     let pure = NoiseLevel::from_flow(1.0).unwrap();
     let first = steps_at(&[999.0, 500.0], &[pure, steps[5].level], NoiseLevel::CLEAN).unwrap();
     for sampler in [&Euler as &dyn Sampler, &Heun, &DpmSolver::new(2).unwrap(), &UniPc::new(2).unwrap()] {
-        assert!(value(ran(sampler, &first)));
+        assert!(value(&ran(sampler, &first)));
     }
     // Noise that grows.
     let up = steps_at(&[100.0, 500.0], &[steps[8].level, steps[5].level], steps[1].level).unwrap();
@@ -398,11 +408,11 @@ fn what_is_no_setting_or_no_way_is_refused() {
         &EulerAncestral::default(),
         &Ddpm::new(Variance::FixedSmall),
     ] {
-        assert!(value(ran(sampler, &up)));
+        assert!(value(&ran(sampler, &up)));
     }
     assert!(ran(&Euler, &up).is_ok(), "inversion");
     for sampler in [&Ddpm::new(Variance::FixedLarge) as &dyn Sampler, &Euler, &Heun, &Lcm::default()] {
-        assert!(value(ran(sampler, &[])) && value(ran(sampler, &[steps[0], steps[2]])));
+        assert!(value(&ran(sampler, &[])) && value(&ran(sampler, &[steps[0], steps[2]])));
     }
 }
 

@@ -28,7 +28,7 @@ fn check(arguments: &[&str], message: &str, said: &[&str]) {
     }
     assert!(!message.contains("Exception raised"), "{arguments:?}\n{message}");
     // How the tool is used takes more than a line.
-    let lines = if arguments.first().is_some_and(|&a| a == "forward" || a == "generate") { 1 } else { 9 };
+    let lines = if arguments.first().is_some_and(|&a| a == "forward" || a == "generate") { 1 } else { 13 };
     assert!(message.lines().count() <= lines, "{arguments:?}\n{message}");
 }
 

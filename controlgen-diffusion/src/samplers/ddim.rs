@@ -80,9 +80,9 @@ impl Sampler for Ddim {
         noise: &mut dyn NoiseSource,
     ) -> Result<Tensor> {
         if self.gaps {
-            check_any(steps)?
+            check_any(steps)?;
         } else {
-            check_steps(steps)?
+            check_steps(steps)?;
         }
         let deviations = steps.iter().map(|step| self.deviation(step)).collect::<Result<Vec<_>>>()?;
         let _no_gradients = tch::no_grad_guard();

@@ -49,7 +49,7 @@ impl Ddpm {
 fn betas(step: &Step) -> Result<(f64, f64)> {
     let (sigma, next) = (step.level.sigma(), step.next);
     let beta = sigma * sigma - (step.level.alpha() / next.alpha() * next.sigma()).powi(2);
-    if !(beta > 0.0) {
+    if beta.is_nan() || beta <= 0.0 {
         let (from, to) = (sigma / step.level.alpha(), next.sigma() / next.alpha());
         let what = format!("noise of step {}", step.index);
         return Err(Error::value(what, format!("falling from {from}"), to));

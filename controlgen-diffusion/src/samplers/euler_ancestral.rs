@@ -34,7 +34,7 @@ impl EulerAncestral {
     /// σ_down and σ_up.
     fn deviations(self, step: &Step) -> Result<(f64, f64)> {
         let (from, to) = (ratio(step.level), ratio(step.next));
-        if !(to < from) {
+        if to.is_nan() || to >= from {
             let what = format!("noise of step {}", step.index);
             return Err(Error::value(what, format!("below {from}, that of the step before"), to));
         }

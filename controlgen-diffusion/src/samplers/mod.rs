@@ -8,6 +8,7 @@ mod euler_ancestral;
 mod flow_match_euler;
 mod heun;
 mod lcm;
+mod pndm;
 mod threshold;
 mod unipc;
 
@@ -19,6 +20,7 @@ pub use euler_ancestral::EulerAncestral;
 pub use flow_match_euler::FlowMatchEuler;
 pub use heun::Heun;
 pub use lcm::Lcm;
+pub use pndm::Pndm;
 pub use threshold::{Threshold, Thresholded};
 pub use unipc::{UniPc, UniPcType};
 

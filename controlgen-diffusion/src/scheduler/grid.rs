@@ -10,8 +10,8 @@ use crate::{DiffusionSchedule, SigmaSpacing, Spacing, steps_at};
 /// How a scheduler makes n steps.
 #[derive(Clone, Debug)]
 pub(super) enum Grid {
-    /// Whole timesteps, each to the next: DDPM.
-    Ancestral { spacing: Spacing },
+    /// Whole timesteps, each to the next: DDPM, PNDM.
+    Whole { spacing: Spacing, last: NoiseLevel },
     /// Whole timesteps, each to the one T div n before it, whether that is the next or not: DDIM.
     Stride { spacing: Spacing, last: NoiseLevel },
     /// Every so many of the timesteps of distillation: LCM.
@@ -80,7 +80,9 @@ impl Grid {
         match (self, table) {
             (Self::Flow(flow), _) => flow.steps(n),
             (_, None) => Err(Error::value("schedule of betas", "one", "none")),
-            (Self::Ancestral { spacing }, Some(table)) => table.steps(&table.timesteps(n, *spacing)?),
+            (Self::Whole { spacing, last }, Some(table)) => {
+                crate::steps(&table.timesteps(n, *spacing)?, |t| table.level(t), *last)
+            }
             (Self::Stride { spacing, last }, Some(table)) => {
                 let timesteps = table.timesteps(n, *spacing)?;
                 let stride = table.alphas_cumprod().len().div_euclid(n) as f64;

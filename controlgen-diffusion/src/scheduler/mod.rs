@@ -10,7 +10,7 @@ use controlgen_core::{Error, NoiseLevel, Parameterisation, Result};
 
 use crate::{
     Ddim, Ddpm, DiffusionSchedule, DpmSolver, DpmSolverType, Euler, EulerAncestral, FlowMatchEuler, Heun,
-    Lcm, Sampler, Spacing, Threshold, Thresholded, UniPc, UniPcType, Variance,
+    Lcm, Pndm, Sampler, Spacing, Threshold, Thresholded, UniPc, UniPcType, Variance,
 };
 use fields::Fields;
 use grid::{Ends, Flow, Grid, Sigmas, Times, Whole, sigma_spacing, spacing};
@@ -29,7 +29,8 @@ use grid::{Ends, Flow, Grid, Sigmas, Times, Whole, sigma_spacing, spacing};
 /// ```
 ///
 /// It reads [`Scheduler::CLASSES`]. Tables are computed in f64 (diffusers: f32). Samples are of the models' own
-/// coordinates, α² + σ² = 1; the classes that keep x/α ([`Scheduler::scales_samples`]) give the same images.
+/// coordinates, α² + σ² = 1; the classes that keep x/α ([`Scheduler::scales_samples`]) give the same images. Where
+/// PNDM's timesteps are not equally far apart (linspace) each step goes to the next of them; diffusers goes elsewhere.
 pub struct Scheduler {
     class: &'static str,
     table: Option<DiffusionSchedule>,
@@ -44,7 +45,7 @@ pub struct Scheduler {
 
 impl Scheduler {
     /// The classes that can be read.
-    pub const CLASSES: [&'static str; 9] = [
+    pub const CLASSES: [&'static str; 10] = [
         "DDPMScheduler",
         "DDIMScheduler",
         "EulerDiscreteScheduler",
@@ -52,6 +53,7 @@ impl Scheduler {
         "HeunDiscreteScheduler",
         "DPMSolverMultistepScheduler",
         "UniPCMultistepScheduler",
+        "PNDMScheduler",
         "LCMScheduler",
         "FlowMatchEulerDiscreteScheduler",
     ];
@@ -81,6 +83,7 @@ impl Scheduler {
         match class {
             "DDPMScheduler" => ddpm(class, &fields),
             "DDIMScheduler" => ddim(class, &fields),
+            "PNDMScheduler" => pndm(class, &fields),
             "LCMScheduler" => lcm(class, &fields),
             "DPMSolverMultistepScheduler" => dpm_solver(class, &fields),
             "UniPCMultistepScheduler" => unipc(class, &fields),
@@ -208,7 +211,7 @@ fn ddpm(class: &'static str, fields: &Fields) -> Result<Scheduler> {
     Ok(Scheduler {
         class,
         table: Some(table(fields, 1e-4, 0.02, "linear")?),
-        grid: Grid::Ancestral { spacing: spacing(fields, "leading")? },
+        grid: Grid::Whole { spacing: spacing(fields, "leading")?, last: NoiseLevel::CLEAN },
         parameterisation: parameterisation(fields, false)?,
         sampler: within(Ddpm::new(variance).with_noise_at_end(), threshold(fields, true)?),
         scales: None,
@@ -230,6 +233,24 @@ fn ddim(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         sampler: Box::new(ddim),
         scales: None,
         ddim: Some(ddim),
+    })
+}
+
+fn pndm(class: &'static str, fields: &Fields) -> Result<Scheduler> {
+    if !fields.bool("skip_prk_steps", false)? {
+        return Err(Error::unsupported("skip_prk_steps: false", "skip_prk_steps: true"));
+    }
+    let table = table(fields, 1e-4, 0.02, "linear")?;
+    let ends_clean = fields.bool("set_alpha_to_one", false)?;
+    let last = if ends_clean { NoiseLevel::CLEAN } else { table.level(0.0)? };
+    Ok(Scheduler {
+        class,
+        table: Some(table),
+        grid: Grid::Whole { spacing: spacing(fields, "leading")?, last },
+        parameterisation: parameterisation(fields, false)?,
+        sampler: Box::new(Pndm::default().with_means_of_v()),
+        scales: None,
+        ddim: None,
     })
 }
 
