@@ -96,7 +96,7 @@ OPTIONS = {
         dict(solver_order=1),
         *KARRAS,
         dict(thresholding=True, sample_max_value=1.5),
-        dict(final_sigmas_type="sigma_min"),
+        dict(final_sigmas_type="sigma_min", use_karras_sigmas=True),
         dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     ],
     "PNDMScheduler": [dict(skip_prk_steps=True, set_alpha_to_one=True)],

@@ -84,7 +84,7 @@ impl DpmSolver {
         let left = n - i;
         let few = self.lower_order_final && step.of < 15;
         let order = self.order.min(i + 1);
-        if left == 1 && (few || self.euler_at_final || step.next.sigma() == 0.0) {
+        if left == 1 && (few || self.euler_at_final || step.next.sigma() == 0.0 || rests(step)) {
             1
         } else if left == 2 && few {
             order.min(2)
@@ -118,7 +118,7 @@ impl DpmSolver {
             Factors { x: sigma / step.level.sigma(), clean: -alpha * e, past: vec![], noise: 0.0 };
         if self.stochastic {
             factors.x *= (-h).exp();
-            factors.noise = sigma * (-e).sqrt();
+            factors.noise = sigma * (-e).max(0.0).sqrt();
         }
         if order == 1 {
             return factors;
@@ -183,11 +183,16 @@ impl Sampler for DpmSolver {
     }
 }
 
-/// Refuses steps between which λ does not rise, or that begin where it is not a number.
+/// Whether a step ends with the noise it began with: diffusers' `sigma_min` may be that of the last timestep.
+pub(super) fn rests(step: &Step) -> bool {
+    (lambda(step.next) - lambda(step.level)).abs() < 1e-9
+}
+
+/// Refuses steps along which λ does not rise, but for a last one that rests, or that begin where it is not a number.
 pub(super) fn falling(steps: &[Step]) -> Result<()> {
-    for step in steps {
+    for (i, step) in steps.iter().enumerate() {
         let (from, to) = (lambda(step.level), lambda(step.next));
-        if !(from.is_finite() && to > from) {
+        if !from.is_finite() || to.is_nan() || (to <= from && !(i + 1 == steps.len() && rests(step))) {
             let what = format!("ln(alpha / sigma) of step {}", step.index);
             return Err(Error::value(what, "a finite number that rises", format!("{from} to {to}")));
         }

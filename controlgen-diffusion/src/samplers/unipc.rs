@@ -7,7 +7,7 @@ use controlgen_core::noise::NoiseSource;
 use controlgen_core::{Error, NoiseLevel, Result};
 use tch::Tensor;
 
-use super::dpm_solver::{falling, lambda};
+use super::dpm_solver::{falling, lambda, rests};
 use super::{Predict, Sampler, ask, check_steps, done};
 
 /// B(h), which scales the differences; h is −(λ' − λ) here, as x̂₀ is predicted.
@@ -71,7 +71,7 @@ impl UniPc {
     fn order_at(&self, i: usize, n: usize, step: &Step) -> usize {
         let order = self.order.min(i + 1);
         let order = if self.lower_order_final { order.min(n - i) } else { order };
-        if step.next.sigma() == 0.0 { 1 } else { order }
+        if step.next.sigma() == 0.0 || rests(step) { 1 } else { order }
     }
 
     /// What multiplies x, x̂₀ and the other points' x̂₀ from `from` to `to`. `others`: λ of the points before, the newest

@@ -188,7 +188,7 @@ impl Flow {
         let whole = self.times != Times::FlowMatch;
         let time = |sigma: &f64| {
             let t = sigma * self.training as f64;
-            if whole { (t + 1e-9).trunc() } else { t }
+            if whole { t.trunc() } else { t }
         };
         let timesteps: Vec<f64> = sigmas.iter().map(time).collect();
         let levels = sigmas.iter().map(|&sigma| NoiseLevel::from_flow(sigma)).collect::<Result<Vec<_>>>()?;
