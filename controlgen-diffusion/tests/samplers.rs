@@ -120,15 +120,15 @@ fn lcm_has_the_moments_of_its_recursion() {
     let schedule = DiffusionSchedule::scaled_linear(0.00085, 0.012, 1000).unwrap();
     let level = schedule.clone();
     let guider = guider(data.clone(), Parameterisation::Epsilon, move |t| level.level(t));
-    // A timestep as low as 3, where x itself has a part in the result.
-    let steps = schedule.steps(&[999.0, 499.0, 3.0]).unwrap();
+    // Scaled so little that x itself has a part in the result.
+    let steps = schedule.steps(&[999.0, 499.0, 200.0]).unwrap();
     let (x, mut noise) = begin(&data, steps[0].level, 20_000);
-    let found = sample(&Lcm::new(0.5).unwrap(), &guider, x, &steps, &mut noise).unwrap();
+    let found = sample(&Lcm::new(0.001).unwrap(), &guider, x, &steps, &mut noise).unwrap();
     let (a, s) = (steps[0].level.alpha(), steps[0].level.sigma());
     let (mut m, mut v) = (a * mean, a * a * deviation * deviation + s * s);
     for (i, step) in steps.iter().enumerate() {
         let (a, s) = (step.level.alpha(), step.level.sigma());
-        let t = step.timestep * 0.5;
+        let t = step.timestep * 0.001;
         let (skip, out) = (0.25 / (t * t + 0.25), t / (t * t + 0.25f64).sqrt());
         let gain = a * deviation * deviation / (a * a * deviation * deviation + s * s);
         m = out * (mean + gain * (m - a * mean)) + skip * m;
