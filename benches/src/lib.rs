@@ -1,5 +1,6 @@
 //! Support for the benchmark suites, the conformance tool and the demo of controlgen (not published).
 
+pub mod attribute;
 pub mod conformance;
 pub mod decode;
 pub mod device_suite;
@@ -7,6 +8,8 @@ pub mod grammars;
 pub mod lexical;
 pub mod models;
 pub mod paired;
+pub mod sentiment;
+mod table;
 
 use std::process::ExitCode;
 
@@ -28,8 +31,12 @@ mod guide {
     mod text {}
     #[doc = include_str!("../../docs/guide/constraints.md")]
     mod constraints {}
+    #[doc = include_str!("../../docs/guide/steering.md")]
+    mod steering {}
     #[doc = include_str!("../../docs/guide/inside.md")]
     mod inside {}
+    #[doc = include_str!("../../docs/guide/training.md")]
+    mod training {}
     #[doc = include_str!("../../docs/guide/adapters.md")]
     mod adapters {}
     #[doc = include_str!("../../docs/guide/images.md")]

@@ -23,6 +23,9 @@ pub struct LmSpec {
     pub eos: Vec<i64>,
     /// The token that fills unequal rows, if the model has one.
     pub pad: Option<i64>,
+    /// The token that a decoder starts with, of an encoder–decoder: its prompt is the encoder's input
+    /// ([`Source::Encoder`]), and this is read first. `None` for decoder-only models, which read their prompt.
+    pub decoder_start: Option<i64>,
     /// Where the model runs.
     pub placement: Placement,
 }
@@ -34,6 +37,53 @@ pub enum Tokens<'a> {
     Ids(&'a Tensor),
     /// Embeddings `[B, T, D]`: soft tokens, soft prompts.
     Embeds(&'a Tensor),
+}
+
+impl Tokens<'_> {
+    /// B and T, once ids are of a vocabulary of `vocab`, or embeddings `width` wide and of type `kind`, and `keep` is
+    /// boolean `[B, T]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Kind`]; [`Error::Value`] for a token id that is none.
+    pub fn validate(&self, keep: Option<&Tensor>, vocab: i64, width: i64, kind: Kind) -> Result<(i64, i64)> {
+        let (batch, len) = match self {
+            Tokens::Ids(ids) => {
+                let &[batch, len] = ids.size().as_slice() else {
+                    return Err(Error::shape("token ids", "[B, T]", &ids.size()));
+                };
+                expect_kind("token ids", ids, Kind::Int64)?;
+                if batch * len > 0 {
+                    let (low, high) = ids.f_aminmax(None, false)?;
+                    let (low, high) = (low.f_int64_value(&[])?, high.f_int64_value(&[])?);
+                    if low < 0 || high >= vocab {
+                        let found = if low < 0 { low } else { high };
+                        return Err(Error::value("token id", format!("0 .. {vocab}"), found));
+                    }
+                }
+                (batch, len)
+            }
+            Tokens::Embeds(embeds) => {
+                let &[batch, len, found] = embeds.size().as_slice() else {
+                    return Err(Error::shape("embeddings", "[B, T, D]", &embeds.size()));
+                };
+                if found != width {
+                    let expected = format!("[{batch}, {len}, {width}]");
+                    return Err(Error::shape("embeddings", expected, &embeds.size()));
+                }
+                expect_kind("embeddings", embeds, kind)?;
+                (batch, len)
+            }
+        };
+        if batch == 0 || len == 0 {
+            let what = "the model's input";
+            return Err(Error::value(what, "at least one row and one token", format!("[{batch}, {len}]")));
+        }
+        if let Some(keep) = keep {
+            expect_kind("keep", keep, Kind::Bool)?;
+            expect_rows("keep", keep, batch, len)?;
+        }
+        Ok((batch, len))
+    }
 }
 
 /// Which positions' logits are wanted. The last product is a fifth of a small model's work.
@@ -94,42 +144,7 @@ impl<'a> LmInput<'a> {
     /// # Errors
     /// [`Error::Shape`], [`Error::Kind`]; [`Error::Value`] for a token id that is none.
     pub fn validate(&self, spec: &LmSpec) -> Result<(i64, i64)> {
-        let (batch, len) = match self.tokens {
-            Tokens::Ids(ids) => {
-                let &[batch, len] = ids.size().as_slice() else {
-                    return Err(Error::shape("token ids", "[B, T]", &ids.size()));
-                };
-                expect_kind("token ids", ids, Kind::Int64)?;
-                if batch * len > 0 {
-                    let (low, high) = ids.f_aminmax(None, false)?;
-                    let (low, high) = (low.f_int64_value(&[])?, high.f_int64_value(&[])?);
-                    if low < 0 || high >= spec.vocab {
-                        let found = if low < 0 { low } else { high };
-                        return Err(Error::value("token id", format!("0 .. {}", spec.vocab), found));
-                    }
-                }
-                (batch, len)
-            }
-            Tokens::Embeds(embeds) => {
-                let &[batch, len, width] = embeds.size().as_slice() else {
-                    return Err(Error::shape("embeddings", "[B, T, D]", &embeds.size()));
-                };
-                if width != spec.width {
-                    let expected = format!("[{batch}, {len}, {}]", spec.width);
-                    return Err(Error::shape("embeddings", expected, &embeds.size()));
-                }
-                expect_kind("embeddings", embeds, spec.placement.kind)?;
-                (batch, len)
-            }
-        };
-        if batch == 0 || len == 0 {
-            let what = "the model's input";
-            return Err(Error::value(what, "at least one row and one token", format!("[{batch}, {len}]")));
-        }
-        if let Some(keep) = self.keep {
-            expect_kind("keep", keep, Kind::Bool)?;
-            expect_rows("keep", keep, batch, len)?;
-        }
+        let (batch, len) = self.tokens.validate(self.keep, spec.vocab, spec.width, spec.placement.kind)?;
         if let Some(positions) = self.positions {
             expect_kind("positions", positions, Kind::Int64)?;
             expect_rows("positions", positions, batch, len)?;

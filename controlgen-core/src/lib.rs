@@ -37,6 +37,7 @@ mod sys;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod token_control;
+pub mod train;
 
 pub use adapter::{Adapter, AdapterId, MergedWeights, copy_parameters};
 pub use attention::{Attn, Mask};

@@ -3,6 +3,7 @@
 use controlgen_core::energy::{Bound, Image, Noised, Objective, Text, Value};
 use controlgen_core::guidance::{Guided, Guider, GuiderRun, Memory, Step};
 use controlgen_core::testing::{Mixture, MixtureDenoiser, TableLm};
+use controlgen_core::train::{Checkpoint, Ema, Gradients, Optimizer, Parameters, Trainer, TrainerConfig};
 use controlgen_core::{
     Adapter, Autoencoder, BoxRows, Classifier, Condition, Control, Controls, Denoiser, DenoiserSpec, Encoder,
     Energy, Error, Guidance, ImageSampler, Lanes, LanguageModel, LmSpec, MaskedLm, NoiseLevel, Pass,
@@ -38,6 +39,14 @@ fn models_controls_and_energies_go_to_other_threads() {
     send::<Bound<Noised>>();
     send::<Objective<Image>>();
     send::<SharedTensor>();
+
+    send::<Parameters>();
+    send::<Gradients>();
+    send::<Box<dyn Optimizer>>();
+    send::<Ema>();
+    send::<Trainer>();
+    send::<Checkpoint>();
+    sync::<TrainerConfig>();
 }
 
 #[test]

@@ -23,7 +23,9 @@
 //! }
 //! ```
 
+pub mod arithmetic;
 pub mod chat;
+pub mod classifiers;
 pub mod controls;
 pub mod energies;
 pub mod evaluation;
@@ -35,14 +37,17 @@ pub mod grammar;
 pub mod hub;
 pub mod lexical;
 pub mod models;
+pub mod pplm;
 pub mod sample;
 mod score;
 pub mod search;
+mod sentence;
 pub mod tokenizer;
 pub mod words;
 
 pub use generate::{
-    Completion, Generate, Generation, GenerationConfig, Method, OneOrMany, Piece, TextModel, WatermarkConfig,
-    WordFeature,
+    Completion, Generate, Generation, GenerationConfig, Method, OneOrMany, Piece, TextModel, TextTerms,
+    WatermarkConfig, WordFeature,
 };
 pub use score::{Scored, score_completions, score_text};
+pub use sentence::{Pooling, SentenceEncoder};

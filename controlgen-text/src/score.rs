@@ -4,6 +4,7 @@ use controlgen_core::{Error, LanguageModel, LmInput, Pass, Result, Rows, Source}
 use tch::{Kind, Tensor};
 
 use crate::controls::in_vocabulary;
+use crate::search::{Begun, begin};
 
 /// The log-probabilities of one completion.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,7 +27,7 @@ impl Scored {
 
 /// The log-probabilities of completions of one prompt, in one batch.
 ///
-/// The prompt is read once. Completions may differ in length; what pads the shorter ones counts nowhere.
+/// The prompt is read once; an encoder–decoder's encoder reads it. Completions may differ in length; what pads the shorter ones counts nowhere.
 ///
 /// # Errors
 /// [`Error::Value`] for an empty prompt or completion; [`Error::Context`] where they do not fit; the model's.
@@ -48,8 +49,7 @@ pub fn score_completions(
     // A pass checks the ids that it reads; a completion's last is only scored.
     completions.iter().flatten().try_for_each(|&id| in_vocabulary("token id", id, lm.spec().vocab))?;
     let device = lm.spec().placement.device;
-    let ids = Tensor::f_from_slice(prompt)?.f_unsqueeze(0)?.f_to_device(device)?;
-    let mut state = lm.start(Source::Rows(1), pass)?;
+    let Begun { mut state, ids, .. } = begin(lm, &[prompt.to_vec()], pass, longest)?;
     let first = lm.forward(LmInput::ids(&ids).last(), &mut state, pass)?.logits; // (1, 1, V)
     let every = vec![0; completions.len()];
     state.reorder(&every)?;

@@ -5,44 +5,17 @@
 
 mod common;
 
-use common::{MODELS, folder, start};
-use controlgen_core::checkpoint::{Safetensors, TensorSource};
+use common::{Cases, MODELS, difference, folder, start};
 use controlgen_core::{Error, LanguageModel, LmInput, Pass, Placement, Rows, State};
 use controlgen_text::models;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 fn open(name: &str) -> Box<dyn LanguageModel> {
     models::open(&folder(name), Placement::CPU).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
-/// The tensors of a fixture's cases.
-struct Cases(Safetensors);
-
-impl Cases {
-    fn open(name: &str) -> Self {
-        Self(Safetensors::open(folder(name).join("cases.safetensors")).unwrap())
-    }
-
-    fn get(&self, name: &str) -> Option<Tensor> {
-        let info = self.0.info(name)?;
-        let mut tensor = Tensor::empty(info.shape, (info.kind, Device::Cpu));
-        self.0.read(name, &mut tensor).unwrap();
-        Some(tensor)
-    }
-}
-
 fn forward(lm: &dyn LanguageModel, input: LmInput<'_>, state: &mut State) -> Tensor {
     lm.forward(input, state, &Pass::default()).unwrap().logits
-}
-
-/// The largest difference, where `keep` is true.
-fn difference(a: &Tensor, b: &Tensor, keep: Option<&Tensor>) -> f64 {
-    let diff = (a - b).abs();
-    let diff = match keep {
-        Some(keep) => diff.masked_fill(&keep.logical_not().unsqueeze(-1), 0.0),
-        None => diff,
-    };
-    diff.max().double_value(&[])
 }
 
 #[test]

@@ -17,13 +17,15 @@ use failure::{Failure, Result};
 const HELP: &str = "\
 Set-up and developer commands of controlgen.
 
-cargo xtask setup [--cpu | --cuda] [--fetch-only]
+cargo xtask setup [--cpu | --cuda] [--fetch-only] [--models] [--data]
     Gets LibTorch 2.11.0 and the model SmolLM2-135M-Instruct into the git-ignored folder .controlgen, and writes the
     model as a Hugging Face directory. Where LIBTORCH is exported and names LibTorch 2.11.0, that one is used. Does
     nothing the second time.
     --cpu         LibTorch without the CUDA libraries, even where there is an NVIDIA driver (remembered)
     --cuda        LibTorch with the CUDA libraries, even where there is none (remembered)
     --fetch-only  compile nothing: leave the Hugging Face directory out
+    --models      the sentence encoder all-MiniLM-L6-v2 too (83 MB), which sentence-parity runs
+    --data        33,530 movie reviews with labels too (13 MB), which the command `sentiment` trains classifiers on
 
 cargo xtask demo [ARGUMENTS]
     Set-up, then text from the model under several controls. Arguments are passed on to the demo.

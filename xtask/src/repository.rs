@@ -10,6 +10,11 @@ pub const MODEL: &str = "smollm2-135m-instruct";
 /// The GGUF file of the model.
 pub const GGUF: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
+/// The name of the movie reviews in `.controlgen/data`.
+pub const REVIEWS: &str = "movie-reviews";
+/// The name of the sentence encoder in `.controlgen/models`.
+pub const SENTENCE_MODEL: &str = "all-minilm-l6-v2";
+
 /// A checkout, and the folder in it that set-up fills.
 #[derive(Debug, Clone)]
 pub struct Repository {
@@ -61,6 +66,16 @@ impl Repository {
     /// The folder of the model.
     pub fn model(&self) -> PathBuf {
         self.data.join("models").join(MODEL)
+    }
+
+    /// The folder of the movie reviews.
+    pub fn reviews(&self) -> PathBuf {
+        self.data.join("data").join(REVIEWS)
+    }
+
+    /// The folder of the sentence encoder.
+    pub fn sentence_model(&self) -> PathBuf {
+        self.data.join("models").join(SENTENCE_MODEL)
     }
 
     /// What goes away when a run ends.

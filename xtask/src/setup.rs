@@ -12,6 +12,8 @@ mod libtorch;
 mod lock;
 mod model;
 mod python;
+mod reviews;
+mod sentence_model;
 mod stamp;
 mod wheels;
 
@@ -31,6 +33,10 @@ use wheels::Compute;
 pub struct Options {
     compute: Option<Compute>,
     fetch_only: bool,
+    /// The models that no test needs, too.
+    models: bool,
+    /// The data that classifiers are trained on, too.
+    data: bool,
     /// Where `.controlgen` is to lie, if not in the checkout. Not in the help: for trying set-up itself out.
     root: Option<PathBuf>,
 }
@@ -72,8 +78,16 @@ impl Options {
                 "--cpu" => options.compute = Some(Compute::Cpu),
                 "--cuda" => options.compute = Some(Compute::Cuda),
                 "--fetch-only" => options.fetch_only = true,
+                "--models" => options.models = true,
+                "--data" => options.data = true,
                 "--root" => options.root = Some(arguments.value_of("--root")?.into()),
-                other => return Err(arguments::unknown("setup", other, "--cpu, --cuda, --fetch-only")),
+                other => {
+                    return Err(arguments::unknown(
+                        "setup",
+                        other,
+                        "--cpu, --cuda, --fetch-only, --models, --data",
+                    ));
+                }
             }
         }
         Ok(options)
@@ -115,6 +129,12 @@ pub fn ensure(repository: &Repository, options: &Options) -> Result<Ready> {
     // Only now, since what is exported may lead to what was just put into place.
     let ready = Ready { libtorch: exported.for_programs(repository) };
     model::ensure(repository, &mut stamp, &temporary.0)?;
+    if options.models {
+        sentence_model::ensure(repository, &mut stamp, &temporary.0)?;
+    }
+    if options.data {
+        reviews::ensure(repository, &mut stamp, &temporary.0)?;
+    }
     if !options.fetch_only {
         huggingface::ensure(repository, &mut stamp, &temporary.0, &ready.libtorch)?;
     }
@@ -130,6 +150,8 @@ fn is_complete(repository: &Repository, options: &Options, source: &Source, stam
     options.compute.is_none_or(|compute| stamp.value(CHOICE) == Some(compute.name()))
         && libtorch::is_done(source, stamp)
         && model::is_done(stamp)
+        && (!options.models || sentence_model::is_done(stamp))
+        && (!options.data || reviews::is_done(stamp))
         && (options.fetch_only || huggingface::is_done(stamp))
         && !repository.temporary().exists()
 }
@@ -223,9 +245,16 @@ mod tests {
 
     #[test]
     fn options_are_read_and_refused() {
-        let options = Options::parse(Arguments::of(&["--cpu", "--fetch-only", "--root", "/x"])).unwrap();
-        let expected =
-            Options { compute: Some(Compute::Cpu), fetch_only: true, root: Some(PathBuf::from("/x")) };
+        let options =
+            Options::parse(Arguments::of(&["--cpu", "--models", "--data", "--fetch-only", "--root", "/x"]))
+                .unwrap();
+        let expected = Options {
+            compute: Some(Compute::Cpu),
+            fetch_only: true,
+            models: true,
+            data: true,
+            root: Some(PathBuf::from("/x")),
+        };
         assert_eq!(options, expected);
         for wrong in [&["--cpu", "--cuda"][..], &["--root"], &["--gpu"], &["cpu"]] {
             let failure = Options::parse(Arguments::of(wrong)).unwrap_err();

@@ -35,6 +35,7 @@ impl Bigram {
             bos: None,
             eos: vec![],
             pad: None,
+            decoder_start: None,
             placement: Placement::CPU,
         };
         Ok(Self {

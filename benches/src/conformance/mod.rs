@@ -3,6 +3,7 @@
 mod arguments;
 mod forward;
 mod generate;
+mod inputs;
 mod schedule;
 
 use controlgen_core::{Error, Result};
@@ -10,8 +11,8 @@ use controlgen_core::{Error, Result};
 /// What the tool takes.
 pub const USAGE: &str = "\
 conformance forward MODEL_DIR INPUTS.safetensors OUTPUTS.safetensors [--dtype f32|f16|bf16|f64] [--device cpu|cuda:0]
-    Runs the model of MODEL_DIR/config.json once. Input tensors carry the names of the Hugging Face forward
-    arguments (input_ids, inputs_embeds, attention_mask, position_ids), outputs those of the output fields (logits).
+    Runs the model of MODEL_DIR/config.json once. Input tensors carry the names of the Hugging Face forward arguments
+    (input_ids, attention_mask, decoder_input_ids, …), outputs those of the output fields (logits, pooler_output, …).
 conformance generate MODEL_DIR --prompt TEXT | --input-ids 1,2,3 [--config generation.json] [--seed S] \
 [--repeat R] [--dtype f32|f16|bf16|f64] [--device cpu|cuda:0]
     Completes a prompt; one JSON line on stdout. MODEL_DIR may be a GGUF file. --prompt and --input-ids may be given

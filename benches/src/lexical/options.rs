@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use controlgen_core::{Error, Result};
 
 use super::{METHODS, Method};
+use crate::table::{chosen, number};
 
 /// What the command takes.
 pub const USAGE: &str = "\
@@ -55,7 +56,7 @@ impl Options {
                 arguments.next().ok_or_else(|| Error::value(argument.as_str(), "a value after it", "nothing"))
             };
             match argument.as_str() {
-                "--methods" => options.methods = methods(&value()?)?,
+                "--methods" => options.methods = chosen(&value()?, METHODS, |method| method.name)?,
                 "--sets" => options.sets = Some(number(&argument, &value()?)?),
                 "--out" => options.out = value()?.into(),
                 "--markdown" => options.markdown = Some(value()?.into()),
@@ -72,22 +73,4 @@ impl Options {
         }
         Ok(options)
     }
-}
-
-fn number(what: &str, text: &str) -> Result<usize> {
-    text.parse().map_err(|_| Error::value(what, "a number", text))
-}
-
-fn methods(names: &str) -> Result<Vec<&'static Method>> {
-    if names == "all" {
-        return Ok(METHODS.iter().collect());
-    }
-    let known = || METHODS.iter().map(|method| method.name).collect::<Vec<_>>().join(", ");
-    names
-        .split(',')
-        .map(|name| {
-            let found = METHODS.iter().find(|method| method.name == name);
-            found.ok_or_else(|| Error::value("--methods", format!("some of {}", known()), name))
-        })
-        .collect()
 }

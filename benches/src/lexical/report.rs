@@ -9,8 +9,9 @@ use controlgen_text::evaluation::{
 
 use super::Method;
 use super::methods::REFERENCE;
-use super::records::{Record, Records, Settings};
+use super::record::{Record, Settings, key};
 use super::sets::ConceptSets;
+use crate::table::Records;
 
 /// What a method's texts come to.
 pub struct Row {
@@ -28,13 +29,13 @@ pub struct Row {
 }
 
 /// A row for each method that has texts.
-pub fn rows(methods: &[&'static Method], sets: &ConceptSets, records: &Records) -> Result<Vec<Row>> {
+pub fn rows(methods: &[&'static Method], sets: &ConceptSets, records: &Records<Record>) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for method in methods {
         let made: Vec<usize> =
-            (0..sets.len()).filter(|&i| records.find(method.name, &sets[i]).is_some()).collect();
+            (0..sets.len()).filter(|&i| records.find(&key(method.name, &sets[i])).is_some()).collect();
         let of = |name: &str| -> Vec<&Record> {
-            made.iter().filter_map(|&i| records.find(name, &sets[i])).collect()
+            made.iter().filter_map(|&i| records.find(&key(name, &sets[i]))).collect()
         };
         let found = of(method.name);
         if found.is_empty() {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
-use crate::support::{Array, MODELS, cases, fixture, read, succeed, tool, write};
+use crate::support::{Array, Arrays, ENCODERS, MODELS, cases, fixture, read, succeed, tool, write};
 
 /// Runs the tool over tensors, and gives the logits.
 fn forward(model: &str, inputs: &[(&str, &Array)], dtype: &str) -> Array {
@@ -20,15 +20,19 @@ fn forward_by_binary(model: &str, inputs: &[(&str, &Array)], dtype: &str) -> Arr
 }
 
 fn logits_of(model: &str, inputs: &[(&str, &Array)], dtype: &str, run: impl Fn(&[String])) -> Array {
+    let mut outputs = outputs_of(model, inputs, dtype, run);
+    assert_eq!(outputs.keys().collect::<Vec<_>>(), ["logits"]);
+    outputs.remove("logits").unwrap()
+}
+
+fn outputs_of(model: &str, inputs: &[(&str, &Array)], dtype: &str, run: impl Fn(&[String])) -> Arrays {
     let folder = tempfile::tempdir().unwrap();
     let (from, to) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
     write(&from, inputs);
     let paths = [&fixture(model), &from, &to].map(|path| path.to_str().unwrap().to_owned());
     let dtype = ["--dtype", dtype].map(str::to_owned);
     run(&[&["forward".to_owned()], &paths[..], &dtype[..]].concat());
-    let mut outputs = read(&to);
-    assert_eq!(outputs.keys().collect::<Vec<_>>(), ["logits"]);
-    outputs.remove("logits").unwrap()
+    read(&to)
 }
 
 /// The largest difference of two `[B, T, V]`, where the mask `[B, T]` is not 0.
@@ -66,6 +70,54 @@ fn logits_equal_those_of_transformers() {
         }
     }
     println!("largest difference from transformers, 12 models of 4 cases: {worst:.2e}");
+}
+
+/// Every case of every encoder and encoder-decoder, with the arguments that transformers got: all output fields.
+#[test]
+fn outputs_of_encoders_equal_those_of_transformers() {
+    let (mut worst, mut count): (f32, usize) = (0.0, 0);
+    for (model, fields) in ENCODERS {
+        let cases = cases(model);
+        for case in ["plain", "right", "left", "masked", "types", "positions", "decoder"] {
+            let of_case =
+                |name: &str| name.split_once('.').filter(|(c, _)| *c == case).map(|(_, n)| n.to_owned());
+            let all: Vec<(String, &Array)> =
+                cases.iter().filter_map(|(name, array)| Some((of_case(name)?, array))).collect();
+            if all.is_empty() {
+                continue;
+            }
+            let given =
+                |name: &str| name.contains("input") || name.ends_with("_mask") || name.ends_with("_ids");
+            let inputs: Vec<(&str, &Array)> = all
+                .iter()
+                .filter(|(name, _)| given(name))
+                .map(|(name, array)| (name.as_str(), *array))
+                .collect();
+            let get = |name: &str| all.iter().find(|(found, _)| found == name).map(|(_, array)| *array);
+            let found =
+                outputs_of(model, &inputs, "f32", |arguments| benches::conformance::run(arguments).unwrap());
+            assert_eq!(found.keys().collect::<Vec<_>>(), fields, "{model}, {case}");
+            for (field, found) in &found {
+                let expected = get(field).unwrap();
+                // Of padding nothing is said; what a whole text has, no mask hides.
+                let mask = match (field.as_str(), found.shape.len()) {
+                    (_, 2) => None,
+                    ("logits", _) if model.starts_with("t5") => get("decoder_attention_mask"),
+                    _ => get("attention_mask"),
+                };
+                let three = |array: &Array| match array.shape[..] {
+                    [rows, width] => Array::new(array.dtype, &[rows, 1, width], array.bytes.clone()),
+                    _ => array.clone(),
+                };
+                let diff = difference(&three(found), &three(expected), mask);
+                assert!(diff <= 1e-4, "{model}, {case}, {field}: {diff}");
+                worst = worst.max(diff);
+                count += 1;
+            }
+        }
+    }
+    assert_eq!(count, 50, "output fields that were there to compare");
+    println!("largest difference from transformers, {count} output fields of 7 models: {worst:.2e}");
 }
 
 #[test]

@@ -104,6 +104,39 @@ fn greedy_tokens_equal_those_of_transformers() {
     println!("36 of 36 continuations; log-probabilities differ by at most {worst:.2e}");
 }
 
+/// The cases of `benches/reference/guidance_fixtures.py`.
+#[test]
+fn guided_texts_equal_those_of_transformers() {
+    let fixture: Value = serde_json::from_slice(&std::fs::read(fixture("guidance.json")).unwrap()).unwrap();
+    let numbers = |value: &Value| -> Vec<i64> {
+        value.as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect()
+    };
+    let prompts: Vec<Vec<i64>> = fixture["prompts"].as_array().unwrap().iter().map(numbers).collect();
+    let mut same = 0;
+    // All of them are run by controlgen-text's own tests.
+    for case in fixture["cases"].as_array().unwrap().iter().step_by(5) {
+        let model = with_tokenizer(case["model"].as_str().unwrap());
+        let mut config = case["config"].clone();
+        config["eos_token_id"] = json!([]);
+        let line = generate(model.path(), &config, &as_strs(&flags(&prompts)));
+        for (sequence, expected) in sequences(&line).iter().zip(case["expected"].as_array().unwrap()) {
+            assert_eq!(ids(sequence), numbers(&expected["ids"]), "{config}");
+            same += 1;
+        }
+    }
+    assert_eq!(same, 21);
+    // A negative prompt in words is its ids: ` ABC…Zabc…z` are tokens 0, 1, 2, ….
+    let model = with_tokenizer("llama_gqa_tied");
+    let config = |negative: Value| {
+        let mut config = json!({ "max_new_tokens": 8, "eos_token_id": [], "guidance_scale": 2.5 });
+        config.as_object_mut().unwrap().extend(negative.as_object().unwrap().clone());
+        generate(model.path(), &config, &["--prompt", "de A"])["sequences"].clone()
+    };
+    let said = config(json!({ "negative_prompt": "e AB" }));
+    assert_eq!(said, config(json!({ "negative_prompt_ids": [31, 0, 1, 2] })));
+    assert_ne!(said, config(json!({})));
+}
+
 /// transformers pads with 0 after the end token; ours end before it.
 #[test]
 fn an_end_token_ends_its_row_alone() {
@@ -280,4 +313,35 @@ fn constraints_are_read_from_the_configuration() {
     let many: Vec<Value> = (b'b'..=b'h').map(|letter| json!([char::from(letter).to_string()])).collect();
     let short = text(json!({ "method": "neurologic", "num_beams": 4, "clauses": many }));
     assert!(!short["unmet"].as_array().unwrap().is_empty(), "{short}");
+}
+
+/// An encoder-decoder's prompt goes to its encoder, and processors see what the decoder said.
+#[test]
+fn encoder_decoders_say_what_generate_says() {
+    for name in ["t5_v1_0", "t5_v1_1"] {
+        let (model, cases) = (with_tokenizer(name), cases(name));
+        let prompts = flags(&prompts(name));
+        let run = |config: &Value| generate(model.path(), config, &as_strs(&prompts));
+        let said = |line: &Value| sequences(line).iter().map(ids).collect::<Vec<_>>();
+        // Lengths count the token that the decoder starts with.
+        for length in [json!({ "max_new_tokens": 20 }), json!({ "max_length": 21 })] {
+            let mut config = length;
+            config["eos_token_id"] = json!([]);
+            assert_eq!(said(&run(&config)), cases["greedy.new_ids"].rows(), "{name}");
+            config["repetition_penalty"] = json!(1.7);
+            config["no_repeat_ngram_size"] = json!(2);
+            assert_eq!(said(&run(&config)), cases["processed.new_ids"].rows(), "{name}");
+        }
+        let eos = cases["stop.eos_token_id"].integers()[0];
+        let line = run(&json!({
+            "max_new_tokens": 20, "num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.7, "eos_token_id": eos,
+        }));
+        let expected: Vec<Vec<i64>> = cases["beams.new_ids"].rows();
+        for (found, expected) in said(&line).iter().zip(&expected) {
+            // The reference ends with the end token, and padding after it.
+            let end = expected.iter().position(|&id| id == eos).unwrap_or(expected.len());
+            assert_eq!(found, &expected[..end], "{name}");
+        }
+        assert_eq!(sequences(&line).len(), expected.len());
+    }
 }

@@ -184,6 +184,17 @@ fn generation_configurations() {
     refused(&json!({ "bad_words_ids": [[]] }), &["expected"]);
     refused(&json!({ "eos_token_id": 53 }), &["EOS token id", "0 .. 53", "53"]);
     refused(&json!({ "stop": [""] }), &["stop"]);
+    refused(&json!({ "negative_prompt_ids": [5] }), &["guidance_scale of a negative prompt"]);
+    refused(
+        &json!({ "guidance_scale": 2, "negative_prompt": "A", "negative_prompt_ids": [5] }),
+        &["negative_prompt or negative_prompt_ids", "both"],
+    );
+    refused(&json!({ "guidance_scale": 2, "negative_prompt_ids": [53] }), &["token id of a term", "0 .. 53"]);
+    refused(&json!({ "guidance_scale": 2, "negative_prompt_ids": [] }), &["text in the prompt's place"]);
+    refused(
+        &json!({ "guidance_scale": 2, "negative_prompt_ids": (0..65).map(|_| 5).collect::<Vec<_>>() }),
+        &["64 positions", "65"],
+    );
     let absent = model.path().join("absent.json");
     let model = model.path().to_str().unwrap();
     crate::refusals::refused(

@@ -25,6 +25,17 @@ pub const MODELS: [&str; 12] = [
     "qwen3",
 ];
 
+/// Encoders and encoder-decoders, and the output fields of a pass.
+pub const ENCODERS: [(&str, &[&str]); 7] = [
+    ("bert", &["last_hidden_state", "pooler_output"]),
+    ("bert_masked_lm", &["logits"]),
+    ("bert_classifier", &["logits"]),
+    ("roberta_masked_lm", &["logits"]),
+    ("roberta_classifier", &["logits"]),
+    ("t5_v1_0", &["encoder_last_hidden_state", "logits"]),
+    ("t5_v1_1", &["encoder_last_hidden_state", "logits"]),
+];
+
 pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../controlgen-text/tests/fixtures").join(name)
 }

@@ -17,6 +17,7 @@ mod weights;
 
 use tch::{Kind, Tensor};
 
+pub(crate) use replace::remove_left;
 pub use replace::replace;
 pub use report::Report;
 pub use safetensors::Safetensors;

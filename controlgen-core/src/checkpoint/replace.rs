@@ -33,6 +33,22 @@ pub(super) fn replace_with(
     temporary.rename(path)
 }
 
+/// Removes what processes that were killed while they wrote a file have left beside it. Nobody else may be writing it.
+pub(crate) fn remove_left(path: &Path) -> Result<()> {
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else { return Ok(()) };
+    let begin = format!(".{}.", name.to_string_lossy());
+    let fail = |error| Error::io(directory, error);
+    for entry in fs::read_dir(directory).map_err(fail)? {
+        let entry = entry.map_err(fail)?;
+        let found = entry.file_name();
+        let found = found.to_string_lossy();
+        if found.starts_with(&begin) && found.ends_with(".tmp") {
+            fs::remove_file(entry.path()).map_err(|error| Error::io(entry.path(), error))?;
+        }
+    }
+    Ok(())
+}
+
 /// A file that is removed unless it is renamed.
 struct Temporary(Option<PathBuf>);
 

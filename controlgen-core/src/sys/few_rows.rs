@@ -24,7 +24,6 @@ pub(crate) use x86::few_rows;
 
 #[cfg(all(target_arch = "x86_64", unix, optimised, not(debug_assertions)))]
 pub(super) mod x86 {
-    use std::arch::is_x86_feature_detected;
     use std::arch::x86_64::{
         __m256, _CMP_UNORD_Q, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehdup_ps,
         _mm_movehl_ps, _mm_packus_epi32, _mm_storeu_si128, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256,
@@ -34,11 +33,12 @@ pub(super) mod x86 {
         _mm256_setzero_ps, _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps,
     };
     use std::ffi::c_void;
-    use std::sync::OnceLock;
 
     use tch::{Device, Kind, Tensor};
 
     use crate::Result;
+    pub(in crate::sys) use crate::sys::team::supported;
+    use crate::sys::team::team;
 
     /// How many numbers a vector holds.
     pub(in crate::sys) const LANES: usize = 8;
@@ -80,13 +80,13 @@ pub(super) mod x86 {
             bf16: kind == Kind::BFloat16,
             threads: (inputs * outputs).div_euclid(GRAIN).max(1),
         };
-        team.run(&task);
+        // SAFETY: all sizes were checked, the processor has the instructions, and each part has outputs of its own.
+        team.run(task.threads, |this, count| unsafe {
+            let share = task.outputs.div_ceil(count);
+            let from = (this * share).min(task.outputs);
+            task.outputs(from, (from + share).min(task.outputs));
+        });
         Ok(Some(y))
-    }
-
-    /// Whether the processor has the instructions.
-    pub(in crate::sys) fn supported() -> bool {
-        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
     }
 
     /// Whether a tensor is numbers in memory: on the CPU, and not a view that stands for their negatives.
@@ -110,65 +110,6 @@ pub(super) mod x86 {
         bf16: bool,
         /// The most threads that are worth waking.
         threads: usize,
-    }
-
-    /// The OpenMP runtime that LibTorch itself runs on, in a program that LibTorch is linked to. In a plug-in whose
-    /// symbols are its own, none is found, or the program's.
-    struct Team {
-        parallel: unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, u32, u32),
-        thread: unsafe extern "C" fn() -> i32,
-        threads: unsafe extern "C" fn() -> i32,
-    }
-
-    /// The team, where there is one and the processor has the instructions.
-    fn team() -> Option<&'static Team> {
-        static FOUND: OnceLock<Option<Team>> = OnceLock::new();
-        let find = || {
-            if !supported() {
-                return None;
-            }
-            let this = libloading::os::unix::Library::this();
-            // SAFETY: the types are those of GNU's and LLVM's OpenMP runtimes, which LibTorch depends on and which
-            // stay loaded for the life of the process.
-            unsafe {
-                Some(Team {
-                    parallel: *this.get(b"GOMP_parallel\0").ok()?,
-                    thread: *this.get(b"omp_get_thread_num\0").ok()?,
-                    threads: *this.get(b"omp_get_num_threads\0").ok()?,
-                })
-            }
-        };
-        FOUND.get_or_init(find).as_ref()
-    }
-
-    impl Team {
-        /// Runs the task on the team, this thread among it, and waits for all.
-        ///
-        /// The team is always the whole one, of which some may have nothing to do: GNU's runtime ends the threads that
-        /// a smaller team leaves over, and makes new ones for the next larger one.
-        fn run(&self, task: &Task) {
-            if task.threads == 1 || tch::get_num_threads() == 1 {
-                // SAFETY: `few_rows` has checked all sizes, and the processor has the instructions.
-                return unsafe { task.outputs(0, task.outputs) };
-            }
-            let mut shared = (self, task);
-            // SAFETY: `part` reads `shared`, which outlives the call, as that returns when every thread is done.
-            unsafe { (self.parallel)(part, (&raw mut shared).cast(), 0, 0) }
-        }
-    }
-
-    /// One thread's part of the outputs. It does not panic: there is no unwinding through the runtime.
-    extern "C" fn part(shared: *mut c_void) {
-        // SAFETY: `run` passes a pointer to this pair, which nothing writes while the team runs; each thread writes
-        // outputs of its own.
-        unsafe {
-            let &(team, task) = &*shared.cast_const().cast::<(&Team, &Task)>();
-            let count = usize::try_from((team.threads)()).unwrap_or(1).clamp(1, task.threads);
-            let this = usize::try_from((team.thread)()).unwrap_or(0);
-            let share = task.outputs.div_ceil(count);
-            let from = (this * share).min(task.outputs);
-            task.outputs(from, (from + share).min(task.outputs));
-        }
     }
 
     /// What a weight is made of.
@@ -330,6 +271,8 @@ pub(super) mod x86 {
 
     #[cfg(test)]
     mod tests {
+        use std::arch::is_x86_feature_detected;
+
         use super::*;
 
         fn matrix(rows: i64, columns: i64) -> Tensor {

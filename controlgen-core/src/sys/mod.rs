@@ -8,6 +8,9 @@ mod few_rows;
 mod grad;
 mod low_rank;
 mod mmap;
+#[cfg(all(target_arch = "x86_64", unix, optimised, not(debug_assertions)))]
+mod team;
+mod updates;
 
 pub(crate) use blob::copy_from_bytes;
 #[cfg(feature = "gguf")]
@@ -18,3 +21,4 @@ pub(crate) use grad::is_recording;
 pub use low_rank::LowRank;
 pub(crate) use low_rank::low_rank;
 pub(crate) use mmap::Map;
+pub(crate) use updates::{AdamWUpdate, SgdUpdate, adamw, sgd};

@@ -139,6 +139,7 @@ impl TableLm {
                 bos,
                 eos: eos.clone(),
                 pad,
+                decoder_start: None,
                 placement,
             },
             sites: Arc::new(sites),

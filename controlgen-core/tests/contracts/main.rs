@@ -3,6 +3,7 @@
 
 mod adapter;
 mod denoiser;
+mod encoder;
 mod energy;
 mod guidance;
 mod language_model;

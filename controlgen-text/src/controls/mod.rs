@@ -34,6 +34,8 @@
 //! | [`Watermark`] | raises tokens that a key and the tokens before pick | potential |
 //! | [`ForcedPrefix`] | bans all but the given first tokens | potential |
 //! | [`GumbelNoise`] | adds noise, so that a search for the best is a draw | proposal |
+//! | [`Gedi`] | raises tokens by what language models of classes make of the text | potential |
+//! | [`Fudge`] | raises the best tokens by what a discriminator expects of the whole text | potential |
 //! | [`LexicalConstraints`] | bans what loses clauses over words and phrases, and leads to them | potential |
 //!
 //! What transformers' processors of the same names give is what these give, on rows of any history. Where several
@@ -79,6 +81,8 @@ mod eta_cutoff;
 pub mod features;
 mod forced_prefix;
 mod frequency_presence;
+mod fudge;
+mod gedi;
 mod gumbel_noise;
 mod lexical_constraints;
 mod logit_bias;
@@ -103,6 +107,8 @@ pub use eta_cutoff::EtaCutoff;
 pub use features::Features;
 pub use forced_prefix::ForcedPrefix;
 pub use frequency_presence::FrequencyPresence;
+pub use fudge::{Fudge, FudgeState, FutureDiscriminator};
+pub use gedi::{Gedi, GediState};
 pub use gumbel_noise::GumbelNoise;
 pub use lexical_constraints::LexicalConstraints;
 pub use logit_bias::LogitBias;

@@ -1,8 +1,10 @@
 //! The negative log-likelihood of a text under a language model.
 
 use controlgen_core::energy::{EnergyFn, Text};
-use controlgen_core::{Controls, Error, LanguageModel, LmInput, Pass, Result, Rows, Source, Tokens};
+use controlgen_core::{Controls, Error, LanguageModel, LmInput, Pass, Result, Rows, Tokens};
 use tch::{Kind, Tensor};
+
+use crate::search::{Begun, begin};
 
 /// E(x) = −Σₜ log p(xₜ | prompt, x₍<t₎), `[B]`, in nats.
 ///
@@ -39,7 +41,7 @@ impl Nll {
         Self::after(lm, &[bos])
     }
 
-    /// Of continuations of a prompt, which is not scored.
+    /// Of continuations of a prompt, which is not scored; an encoder–decoder's encoder reads it.
     ///
     /// # Errors
     /// [`Error::Value`] for an empty prompt or a token id that is none; [`Error::Context`] for one that leaves no room.
@@ -72,9 +74,8 @@ impl Nll {
     fn log_probs(&self, input: LmInput<'_>, (rows, len): (i64, i64)) -> Result<Tensor> {
         let pass = Pass { controls: self.controls.as_ref(), ..Pass::default() };
         let device = self.lm.spec().placement.device;
-        let prompt = Tensor::f_from_slice(&self.prompt)?.f_unsqueeze(0)?.f_to_device(device)?;
-        let mut state = self.lm.start(Source::Rows(1), &pass)?;
-        let first = self.lm.forward(LmInput::ids(&prompt).last(), &mut state, &pass)?.logits; // (1, 1, V)
+        let Begun { mut state, ids, .. } = begin(&*self.lm, std::slice::from_ref(&self.prompt), &pass, 0)?;
+        let first = self.lm.forward(LmInput::ids(&ids).last(), &mut state, &pass)?.logits; // (1, 1, V)
         let first = first.f_expand([rows, -1, -1], false)?;
         let logits = match input.keep {
             None if len == 1 => first,

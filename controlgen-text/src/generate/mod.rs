@@ -1,5 +1,6 @@
 //! Generation: prompts in, text out, under any stack of controls.
 
+mod arithmetic;
 mod config;
 mod structured;
 mod texts;
@@ -19,8 +20,10 @@ use crate::models;
 use crate::search::{self, Choice, Finish, Search, Task};
 use crate::tokenizer::{Special, StopStrings, Tokenizer};
 use crate::words::TokenTrie;
+use arithmetic::Guidance;
 use texts::{ForkingTexts, Texts, Watch};
 
+pub use arithmetic::TextTerms;
 pub use config::{GenerationConfig, Method, OneOrMany, WatermarkConfig, WordFeature};
 
 /// A language model with its tokenizer.
@@ -173,13 +176,14 @@ pub struct Generate<'a> {
     prompts: Vec<Prompt>,
     controls: TokenControls,
     grammar: Option<Grammar>,
+    guidance: Option<Guidance>,
     site_controls: Option<&'a Controls>,
     lanes: Option<Lanes>,
     search: Box<dyn Search + 'a>,
     seed: u64,
     n: usize,
     max_new_tokens: usize,
-    /// The same, the prompt's tokens counted in.
+    /// The same, the prompt's tokens counted in, or the token that a decoder starts with.
     max_length: Option<usize>,
     eos: Option<Vec<i64>>,
     stop: Vec<String>,
@@ -196,6 +200,7 @@ impl<'a> Generate<'a> {
             prompts,
             controls: TokenControls::new(),
             grammar: None,
+            guidance: None,
             site_controls: None,
             lanes: None,
             search: Box::new(Choice::Greedy),
@@ -327,17 +332,11 @@ impl<'a> Generate<'a> {
         let controls = self.all_controls()?;
         let started = Instant::now();
         let tokenizer = &self.model.tokenizer;
-        let prompts = self
-            .prompts
-            .iter()
-            .map(|prompt| match prompt {
-                Prompt::Text(text) => self.model.encode(text),
-                Prompt::Rendered(text) => tokenizer.encode(text, Special::Keep),
-                Prompt::Ids(ids) => Ok(ids.clone()),
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let prompts = self.prompts.iter().map(|prompt| prompt.ids(self.model)).collect::<Result<Vec<_>>>()?;
+        let guided = self.guidance.as_ref().map(|guidance| guidance.over(self.model)).transpose()?;
         if let Some(max_length) = self.max_length {
-            let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+            let openings = search::openings(&*self.model.lm, &prompts);
+            let longest = openings.iter().map(Vec::len).max().unwrap_or(0);
             if max_length <= longest {
                 let expected = format!("more than the prompt's {longest} tokens");
                 return Err(Error::value("max_length", expected, max_length));
@@ -347,7 +346,7 @@ impl<'a> Generate<'a> {
         let stop = StopStrings::new(&self.stop)?;
         let mut watch = Watch { on_step: self.on_step, cancel: self.cancel, prefilled: None };
         let task = Task {
-            lm: &*self.model.lm,
+            lm: guided.as_deref().unwrap_or(&*self.model.lm),
             prompts: &prompts,
             controls: &controls,
             pass: Pass { controls: self.site_controls, lanes: self.lanes.as_ref(), ..Pass::default() },

@@ -168,7 +168,7 @@ impl TokenControl for GrammarControl {
         for (row, banned) in iter::zip(&mut state.rows, state.banned.chunks_exact_mut(vocab)) {
             row.mask(&self.vocabulary, &mut banned[..size])?;
             if self.longest_number.is_some_and(|longest| row.number.length() >= longest) {
-                row.end_number(&self.vocabulary, &mut banned[..size]);
+                end_number(&self.vocabulary, &mut banned[..size]);
             }
         }
         let banned = Tensor::f_from_slice(&state.banned)?.f_view_as(&logits)?.f_to_device(logits.device())?;
@@ -213,18 +213,6 @@ impl Row {
         Ok(())
     }
 
-    /// Bans what would continue a number, if anything else is left.
-    fn end_number(&self, vocabulary: &Vocabulary, banned: &mut [bool]) {
-        let mut numeric = vocabulary.numeric().iter().peekable();
-        let others = (0u32..).zip(banned.iter()).any(|(id, banned)| {
-            let continues = numeric.next_if(|&&next| next == id).is_some();
-            !(continues || *banned)
-        });
-        if others {
-            vocabulary.numeric().iter().for_each(|&id| banned[id as usize] = true);
-        }
-    }
-
     /// The only token that `mask` would leave.
     fn forced(&mut self, vocabulary: &Vocabulary) -> Option<i64> {
         if self.ended || self.matcher.is_stopped() {
@@ -251,6 +239,18 @@ impl Row {
         self.number.read(vocabulary.bytes(id));
         self.whole = self.matcher.is_accepting().map_err(failed)?;
         Ok(())
+    }
+}
+
+/// Bans what would continue a number, if anything else is left.
+fn end_number(vocabulary: &Vocabulary, banned: &mut [bool]) {
+    let mut numeric = vocabulary.numeric().iter().peekable();
+    let others = (0u32..).zip(banned.iter()).any(|(id, banned)| {
+        let continues = numeric.next_if(|&&next| next == id).is_some();
+        !(continues || *banned)
+    });
+    if others {
+        vocabulary.numeric().iter().for_each(|&id| banned[id as usize] = true);
     }
 }
 

@@ -182,6 +182,7 @@ impl Gpt2 {
             bos,
             eos,
             pad,
+            decoder_start: None,
             placement,
         };
         Ok(Self { config: Arc::new(c), spec, sites: Arc::new(sites), wte, wpe, h, ln_f, ln_f_site, lm_head })

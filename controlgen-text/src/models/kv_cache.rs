@@ -51,6 +51,14 @@ enum Positions {
 }
 
 impl Placed {
+    /// The positions `[1 or B, len]`, where they do not just count on in every row.
+    pub fn rows(&self) -> Option<&Tensor> {
+        match &self.positions {
+            Positions::Range(_) => None,
+            Positions::Rows(positions) => Some(positions),
+        }
+    }
+
     /// Rotations for these positions.
     pub fn rotations(&self, rotary: &Rotary) -> Result<Rotations> {
         match &self.positions {
@@ -99,7 +107,26 @@ impl KvCache {
     pub fn of<'s>(state: &'s mut State, sites: &Arc<SiteMap>) -> Result<&'s mut Self> {
         let expected = "one that this model started";
         let cache: &mut Self = state.downcast(expected)?;
-        if Arc::ptr_eq(&cache.sites, sites) { Ok(cache) } else { Err(Error::ForeignState { expected }) }
+        cache.check(sites)?;
+        Ok(cache)
+    }
+
+    /// Refuses a cache of another model than the one with these sites.
+    pub fn check(&self, sites: &Arc<SiteMap>) -> Result<()> {
+        let expected = "one that this model started";
+        if Arc::ptr_eq(&self.sites, sites) { Ok(()) } else { Err(Error::ForeignState { expected }) }
+    }
+
+    /// A fork: the buffers are shared until one of both writes.
+    pub fn share(&self) -> Self {
+        let same = |t: &Option<Tensor>| t.as_ref().map(Tensor::shallow_clone);
+        Self {
+            sites: Arc::clone(&self.sites),
+            layers: self.layers.iter().map(|l| Layer { k: same(&l.k), v: same(&l.v) }).collect(),
+            keep: same(&self.keep),
+            owner: Arc::clone(&self.owner),
+            ..*self
+        }
     }
 
     /// Places the new tokens `[B, T]` of `input` after those held; positions count from `offset`.
@@ -261,14 +288,7 @@ fn with_room(held: &Tensor, len: i64, room: i64) -> Result<Tensor> {
 
 impl StateImpl for KvCache {
     fn fork(&self) -> Result<Box<dyn StateImpl>> {
-        let same = |t: &Option<Tensor>| t.as_ref().map(Tensor::shallow_clone);
-        Ok(Box::new(Self {
-            sites: Arc::clone(&self.sites),
-            layers: self.layers.iter().map(|l| Layer { k: same(&l.k), v: same(&l.v) }).collect(),
-            keep: same(&self.keep),
-            owner: Arc::clone(&self.owner),
-            ..*self
-        }))
+        Ok(Box::new(self.share()))
     }
 
     fn reorder(&mut self, rows: &[i64]) -> Result<()> {

@@ -277,6 +277,7 @@ impl Llama {
             bos,
             eos,
             pad,
+            decoder_start: None,
             placement,
         };
         Ok(Self {

@@ -1,20 +1,36 @@
-//! Language models, each read from top to bottom in one file.
+//! Language models and encoders, each read from top to bottom in one file.
 
+mod bert;
+mod bert_classifier;
+mod bert_masked_lm;
 mod config;
 mod gpt2;
 mod kv_cache;
 mod llama;
+mod relative_bias;
+mod t5;
+mod t5_encoder;
 
 use std::any::Any;
 use std::path::Path;
 
 use controlgen_core::checkpoint::{Safetensors, TensorSource, Weights, prefixes};
+use controlgen_core::energy::Text;
 use controlgen_core::layers::{Embedding, Linear};
-use controlgen_core::{Error, LanguageModel, Placement, Result, SiteId, SiteMap, Source, WeightMap};
+use controlgen_core::{
+    Classifier, Encoder, EncoderInput, Error, LanguageModel, Mask, MaskedLm, Placement, Result, SiteId,
+    SiteMap, Source, Tokens, WeightMap,
+};
+use tch::{Device, Kind, Tensor};
 
+pub use bert::{Bert, BertConfig, BertInput};
+pub use bert_classifier::BertClassifier;
+pub use bert_masked_lm::{BertMaskedLm, FramingTokens};
 pub use config::Config;
 pub use gpt2::{Gpt2, Gpt2Config};
 pub use llama::{Llama, LlamaConfig};
+pub use t5::T5;
+pub use t5_encoder::{T5Config, T5Encoder};
 
 /// Opens the language model of a Hugging Face directory: config.json, and model.safetensors or its shards.
 ///
@@ -36,7 +52,8 @@ pub fn load(
     source: &dyn TensorSource,
     placement: Placement,
 ) -> Result<Box<dyn LanguageModel>> {
-    let known = || gpt2::MODEL_TYPES.iter().chain(&llama::MODEL_TYPES).copied();
+    let known =
+        || gpt2::MODEL_TYPES.iter().chain(&llama::MODEL_TYPES).chain(&t5_encoder::MODEL_TYPES).copied();
     let model_type = config.str("model_type")?.ok_or_else(|| {
         config.error("model_type", format!("one of {}", known().collect::<Vec<_>>().join(", ")), "nothing")
     })?;
@@ -55,12 +72,73 @@ pub fn load(
             weights.finish(&leftovers(config, false, &["*.rotary_emb.inv_freq"])?)?;
             Box::new(model)
         }
+        name if t5_encoder::MODEL_TYPES.contains(&name) => Box::new(T5::load(config, &weights, placement)?),
         name => {
             let supported = known().collect::<Vec<_>>().join(", ");
             return Err(Error::unsupported(format!("model_type `{name}`"), supported));
         }
     };
     Ok(model)
+}
+
+/// Opens the encoder of a Hugging Face directory: a BERT or RoBERTa, with or without a head, or a T5's.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_encoder(directory: &Path, placement: Placement) -> Result<Box<dyn Encoder>> {
+    let config = Config::open(&directory.join("config.json"))?;
+    let weights = Safetensors::open(directory)?;
+    load_encoder(&config, &weights, placement)
+}
+
+/// Loads the encoder that `config` describes from `source`.
+///
+/// # Errors
+/// As [`open`].
+pub fn load_encoder(
+    config: &Config,
+    source: &dyn TensorSource,
+    placement: Placement,
+) -> Result<Box<dyn Encoder>> {
+    let weights = Weights::new(source, placement.options());
+    match config.str("model_type")? {
+        Some(name) if bert::MODEL_TYPES.contains(&name) => {
+            Ok(Box::new(Bert::load(config, &weights, placement)?))
+        }
+        Some(name) if t5_encoder::MODEL_TYPES.contains(&name) => {
+            Ok(Box::new(T5Encoder::load(config, &weights, placement)?))
+        }
+        found => {
+            let what = format!("model_type `{}` as an encoder", found.unwrap_or("nothing"));
+            let known: Vec<&str> =
+                bert::MODEL_TYPES.iter().chain(&t5_encoder::MODEL_TYPES).copied().collect();
+            Err(Error::unsupported(what, known.join(", ")))
+        }
+    }
+}
+
+/// Opens the masked language model of a Hugging Face directory: a BERT or RoBERTa. Which tokens open and close a text and
+/// which stands for a gap, its tokenizer tells.
+///
+/// # Errors
+/// As [`open`]; those of [`FramingTokens::open`].
+pub fn open_masked_lm(directory: &Path, placement: Placement) -> Result<Box<dyn MaskedLm>> {
+    let config = Config::open(&directory.join("config.json"))?;
+    let source = Safetensors::open(directory)?;
+    let weights = Weights::new(&source, placement.options());
+    let tokens = FramingTokens::open(directory)?;
+    Ok(Box::new(BertMaskedLm::load(&config, &weights, placement, tokens)?))
+}
+
+/// Opens the classifier of texts of a Hugging Face directory: a BERT or RoBERTa for sequence classification.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_classifier(directory: &Path, placement: Placement) -> Result<Box<dyn Classifier<Text>>> {
+    let config = Config::open(&directory.join("config.json"))?;
+    let source = Safetensors::open(directory)?;
+    let weights = Weights::new(&source, placement.options());
+    Ok(Box::new(BertClassifier::load(&config, &weights, placement)?))
 }
 
 /// The model's first `layers` blocks, with its norm and its output right after them: a small model of the same vocabulary
@@ -118,6 +196,40 @@ fn leftovers<'a>(config: &Config, tied_by_default: bool, always: &[&'a str]) -> 
         names.push("lm_head.weight");
     }
     Ok(names)
+}
+
+/// The text of an encoder's input.
+fn text_of(input: EncoderInput<'_>) -> Result<(Tokens<'_>, Option<&Tensor>)> {
+    match input {
+        EncoderInput::Text { tokens, keep } => Ok((tokens, keep)),
+        _ => Err(Error::unsupported("images given to an encoder of text", "EncoderInput::Text")),
+    }
+}
+
+/// What an encoder's queries see: all that is no padding. `keep` is boolean `[B, T]`.
+///
+/// A row of nothing but padding is refused: its attention would be over no key.
+fn encoder_mask(keep: Option<&Tensor>, device: Device) -> Result<Mask> {
+    let Some(keep) = keep else { return Ok(Mask::Full) };
+    let kept: Vec<i64> = Vec::try_from(keep.f_sum_dim_intlist(&[1i64][..], false, Kind::Int64)?)?;
+    if let Some(row) = kept.iter().position(|&n| n == 0) {
+        return Err(Error::value(format!("keep, row {row}"), "at least one token", "padding alone"));
+    }
+    if kept.iter().all(|&n| n == keep.size()[1]) {
+        return Ok(Mask::Full);
+    }
+    Ok(Mask::Keep(keep.f_to_device(device)?.f_unsqueeze(1)?.f_unsqueeze(1)?)) // (B, 1, 1, T)
+}
+
+/// The weight of an output product, and whether it is the table of embeddings: the checkpoint's own where it has one that
+/// differs, as transformers reads it.
+fn output_product(weights: &Weights<'_>, name: &str, table: &Tensor, tied: bool) -> Result<(Tensor, bool)> {
+    let own =
+        if tied { weights.optional(name, &table.size())? } else { Some(weights.get(name, &table.size())?) };
+    match own {
+        Some(own) if !tied || !own.f_equal(table)? => Ok((own, false)),
+        _ => Ok((table.shallow_clone(), true)),
+    }
 }
 
 /// The rows of a source that has no encoder's input.

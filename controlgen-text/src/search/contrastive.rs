@@ -3,11 +3,13 @@
 use std::iter;
 
 use controlgen_core::progress::Flow;
-use controlgen_core::{Error, LmInput, Pass, Result, Rows, Source, TokenControl};
+use controlgen_core::{Error, LmInput, Pass, Result, Rows, TokenControl};
 use tch::{Kind, Tensor};
 
 use super::hidden::{self, Said};
-use super::{After, Chosen, Finish, Hypothesis, Listener, Live, Search, Task, next_logits, padded, rows_of};
+use super::{
+    After, Begun, Chosen, Finish, Hypothesis, Listener, Live, Search, Task, begin, next_logits, rows_of,
+};
 use crate::controls::to_vec;
 use crate::sample;
 
@@ -169,16 +171,12 @@ impl Search for ContrastiveSearch {
 
 /// Reads the prompts, one row each, and their hidden states.
 fn read_prompts(task: &Task<'_>) -> Result<(Live, Said)> {
-    let (ids, keep) = padded(task.lm, task.prompts)?;
-    let rows = ids.size()[0];
-    let ((state, logits), hidden) = hidden::forward(task.lm, &task.pass, |pass| {
-        let mut state = task.lm.start(Source::Rows(rows), pass)?;
-        let room = i64::try_from(task.max_new_tokens).unwrap_or(i64::MAX);
-        state.reserve(ids.size()[1].saturating_add(room))?;
+    let ((state, logits, keep), hidden) = hidden::forward(task.lm, &task.pass, |pass| {
+        let Begun { mut state, ids, keep } = begin(task.lm, task.prompts, pass, task.max_new_tokens)?;
         let output = task.lm.forward(LmInput::ids(&ids).keep(keep.as_ref()), &mut state, pass)?;
-        Ok((state, next_logits(&output.logits)?))
+        Ok((state, next_logits(&output.logits)?, keep))
     })?;
-    let controls = task.controls.start(task.prompts)?;
+    let controls = task.controls.start(&task.openings())?;
     let lanes = task.pass.lanes.cloned();
     Ok((Live { state, controls, logits, lanes }, Said::new(&hidden, keep)?))
 }

@@ -1,12 +1,10 @@
 //! What a cheaper source thinks comes next, for [`Speculative`](super::Speculative) to verify.
 
 use controlgen_core::noise::Stream;
-use controlgen_core::{
-    Error, LanguageModel, LmInput, Pass, Result, Source, State, TokenControl, TokenControls,
-};
+use controlgen_core::{Error, LanguageModel, LmInput, Pass, Result, State, TokenControl, TokenControls};
 use tch::{Kind, Tensor};
 
-use super::next_logits;
+use super::{begin, next_logits};
 use crate::sample;
 
 /// Tokens that may come next.
@@ -40,8 +38,14 @@ pub(super) struct DraftModel<'d> {
 }
 
 impl<'d> DraftModel<'d> {
-    pub(super) fn new(lm: &'d dyn LanguageModel, controls: &'d TokenControls) -> Result<Self> {
-        Ok(Self { lm, controls, state: lm.start(Source::Rows(1), &Pass::default())? })
+    /// A model that has read nothing, or as an encoder–decoder the prompt.
+    pub(super) fn new(
+        lm: &'d dyn LanguageModel,
+        controls: &'d TokenControls,
+        prompt: &[i64],
+    ) -> Result<Self> {
+        let state = begin(lm, &[prompt.to_vec()], &Pass::default(), 0)?.state;
+        Ok(Self { lm, controls, state })
     }
 
     /// The `count` tokens that it would say after the text, or as many as its context holds: drawn, or the most probable

@@ -41,7 +41,7 @@ fn output_site(lm: &dyn LanguageModel) -> Result<SiteId> {
 }
 
 /// `controls`, and after them what [`forward`] sees by.
-pub(super) fn tapped(lm: &dyn LanguageModel, controls: Option<&Controls>) -> Result<Controls> {
+pub(crate) fn tapped(lm: &dyn LanguageModel, controls: Option<&Controls>) -> Result<Controls> {
     let tap: Vec<Box<dyn Control>> = vec![Box::new(Tap(output_site(lm)?))];
     match controls {
         Some(controls) => controls.with(lm.sites(), tap),
@@ -51,7 +51,7 @@ pub(super) fn tapped(lm: &dyn LanguageModel, controls: Option<&Controls>) -> Res
 
 /// What `run` gives in a pass under a [`tapped`] stack, and the hidden states `[B, T, D]` of the positions whose logits were
 /// computed, f32. What other controls leave in the pass's own taps stays there.
-pub(super) fn forward<T>(
+pub(crate) fn forward<T>(
     lm: &dyn LanguageModel,
     pass: &Pass<'_>,
     run: impl FnOnce(&Pass<'_>) -> Result<T>,

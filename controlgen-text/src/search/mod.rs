@@ -9,7 +9,7 @@ mod diverse_beam;
 mod draft;
 mod energies;
 mod grid_beam;
-mod hidden;
+pub(crate) mod hidden;
 mod jump_forward;
 mod look_ahead;
 mod neurologic;
@@ -18,6 +18,8 @@ mod sampling;
 mod smc;
 mod speculative;
 mod stochastic_beam;
+
+use std::borrow::Cow;
 
 use controlgen_core::progress::Flow;
 use controlgen_core::{
@@ -69,7 +71,7 @@ impl<S: Search + ?Sized> Search for Box<S> {
 pub struct Task<'a> {
     /// The model.
     pub lm: &'a dyn LanguageModel,
-    /// Token ids of each prompt; at least one token each.
+    /// Token ids of each prompt; at least one token each. An encoder–decoder's encoder reads them.
     pub prompts: &'a [Vec<i64>],
     /// Controls over the next token.
     pub controls: &'a TokenControls,
@@ -84,6 +86,12 @@ pub struct Task<'a> {
 }
 
 impl Task<'_> {
+    /// What each prompt's completions go on from, which controls and rules look back at: the prompt itself; of an
+    /// encoder–decoder, the token that its decoder starts with.
+    pub fn openings(&self) -> Cow<'_, [Vec<i64>]> {
+        openings(self.lm, self.prompts)
+    }
+
     /// Refuses what cannot be run.
     fn validate(&self) -> Result<()> {
         let spec = self.lm.spec();
@@ -99,7 +107,8 @@ impl Task<'_> {
             }
             let what = format!("token id in prompt {i}");
             prompt.iter().try_for_each(|&id| in_vocabulary(&what, id, spec.vocab))?;
-            let len = i64::try_from(prompt.len()).unwrap_or(i64::MAX);
+            let read = if spec.decoder_start.is_some() { 1 } else { prompt.len() };
+            let len = i64::try_from(read).unwrap_or(i64::MAX);
             let needed = len.saturating_add(offset);
             if needed > spec.context {
                 return Err(Error::Context { limit: spec.context, needed });
@@ -224,9 +233,18 @@ pub trait Listener {
 
 impl Listener for () {}
 
+/// [`Task::openings`] of prompts by themselves.
+pub(crate) fn openings<'p>(lm: &dyn LanguageModel, prompts: &'p [Vec<i64>]) -> Cow<'p, [Vec<i64>]> {
+    match lm.spec().decoder_start {
+        None => Cow::Borrowed(prompts),
+        Some(token) => Cow::Owned(vec![vec![token]; prompts.len()]),
+    }
+}
+
 /// Runs the prompts through the model: the state and the next token's logits `[prompts, V]`.
 ///
-/// Shorter prompts are padded on the left, where no token sees them.
+/// Shorter prompts are padded on the left, where no token sees them. The encoder of an encoder–decoder reads them, and
+/// its decoder the token that it starts with.
 ///
 /// # Errors
 /// The model's.
@@ -236,18 +254,46 @@ pub fn prefill(
     pass: &Pass<'_>,
     room: usize,
 ) -> Result<(State, Tensor)> {
-    let (ids, keep) = padded(lm, prompts)?;
-    let &[rows, longest] = ids.size().as_slice() else {
-        return Err(Error::shape("token ids", "[B, T]", &ids.size()));
-    };
-    let mut state = lm.start(Source::Rows(rows), pass)?;
-    state.reserve(longest.saturating_add(i64::try_from(room).unwrap_or(i64::MAX)))?;
+    let Begun { mut state, ids, keep } = begin(lm, prompts, pass, room)?;
     let output = lm.forward(LmInput::ids(&ids).keep(keep.as_ref()).last(), &mut state, pass)?;
     Ok((state, next_logits(&output.logits)?))
 }
 
+/// A state that has read nothing, and what it is to read first.
+pub(crate) struct Begun {
+    pub(crate) state: State,
+    /// `[B, T]`
+    pub(crate) ids: Tensor,
+    /// Boolean `[B, T]`; `None` without padding.
+    pub(crate) keep: Option<Tensor>,
+}
+
+/// Starts a state for the prompts, with room for so many tokens more than the openings.
+pub(crate) fn begin(
+    lm: &dyn LanguageModel,
+    prompts: &[Vec<i64>],
+    pass: &Pass<'_>,
+    room: usize,
+) -> Result<Begun> {
+    let (ids, keep) = padded(lm, prompts)?;
+    let &[rows, longest] = ids.size().as_slice() else {
+        return Err(Error::shape("token ids", "[B, T]", &ids.size()));
+    };
+    let mut begun = match lm.spec().decoder_start {
+        None => Begun { state: lm.start(Source::Rows(rows), pass)?, ids, keep },
+        Some(token) => {
+            let state = lm.start(Source::Encoder(LmInput::ids(&ids).keep(keep.as_ref())), pass)?;
+            let ids = Tensor::f_full([rows, 1], token, (Kind::Int64, lm.spec().placement.device))?;
+            Begun { state, ids, keep: None }
+        }
+    };
+    let first = if lm.spec().decoder_start.is_some() { 1 } else { longest };
+    begun.state.reserve(first.saturating_add(i64::try_from(room).unwrap_or(i64::MAX)))?;
+    Ok(begun)
+}
+
 /// The prompts' ids `[B, T]`, the shorter ones padded on the left, and which are no padding, where some are.
-fn padded(lm: &dyn LanguageModel, prompts: &[Vec<i64>]) -> Result<(Tensor, Option<Tensor>)> {
+pub(crate) fn padded(lm: &dyn LanguageModel, prompts: &[Vec<i64>]) -> Result<(Tensor, Option<Tensor>)> {
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let fill = lm.spec().pad.or(lm.spec().eos.first().copied()).unwrap_or(0);
     let mut ids = Vec::with_capacity(prompts.len() * longest);
@@ -285,7 +331,7 @@ impl Live {
     /// The prompts, read: one row each.
     fn start(task: &Task<'_>) -> Result<Self> {
         let (state, logits) = prefill(task.lm, task.prompts, &task.pass, task.max_new_tokens)?;
-        let controls = task.controls.start(task.prompts)?;
+        let controls = task.controls.start(&task.openings())?;
         Ok(Self { state, controls, logits, lanes: task.pass.lanes.cloned() })
     }
 

@@ -166,8 +166,9 @@ impl Rule for NeuroLogic {
         let most = sight.plan.candidates(sight.task);
         all.iter_mut().for_each(best_first);
         if let Some(look_ahead) = &self.look_ahead {
-            // Of all groups: by rank alone, none that has just said a word would be among them.
-            all = all.into_iter().map(|choices| in_turn(choices, most, turn)).collect();
+            // Two for each beam, of all groups: by rank alone, none that has just said a word would be among them.
+            let looked_at = sight.plan.beams.num_beams.saturating_mul(2);
+            all = all.into_iter().map(|choices| in_turn(choices, looked_at, turn)).collect();
             look_ahead.rank(sight, &self.clauses, &mut all)?;
             all.iter_mut().for_each(best_first);
         }

@@ -134,6 +134,7 @@ impl Speculative {
         }
         let (mut completions, mut count) = (Vec::new(), Acceptance::default());
         let mut cancelled = false;
+        let openings = task.openings();
         for (prompt, ids) in task.prompts.iter().enumerate() {
             let mut lanes = task.pass.lanes.cloned();
             lanes.as_mut().map_or(Ok(()), |lanes| lanes.reorder(&[prompt as i64]))?;
@@ -147,14 +148,14 @@ impl Speculative {
                     pass,
                     row: completions.len(),
                     state: state.fork()?,
-                    controls: task.controls.start(prompt_alone)?,
+                    controls: task.controls.start(std::slice::from_ref(&openings[prompt]))?,
                     stream: match self.choice {
                         Choice::Greedy => None,
                         Choice::Sample { seed, first } => {
                             Some(Stream::new(seed, first.wrapping_add(sample as u64)))
                         }
                     },
-                    text: ids.clone(),
+                    text: openings[prompt].clone(),
                     so_far: Hypothesis::empty(prompt, sample),
                 };
                 if cancelled {
@@ -191,7 +192,7 @@ struct Writer<'w> {
     state: State,
     controls: <TokenControls as TokenControl>::State,
     stream: Option<Stream>,
-    /// The prompt and what has been said.
+    /// What the model goes on from (the prompt, or the token that a decoder starts with), and what has been said.
     text: Vec<i64>,
     so_far: Hypothesis,
 }
@@ -206,7 +207,9 @@ impl Writer<'_> {
     ) -> Result<Flow> {
         let mut model = match &self.search.draft {
             Draft::LookUp { .. } => None,
-            Draft::Model { lm, controls } => Some(DraftModel::new(&**lm, controls)?),
+            Draft::Model { lm, controls } => {
+                Some(DraftModel::new(&**lm, controls, &self.task.prompts[self.so_far.prompt])?)
+            }
         };
         let mut drafted = Drafted::default();
         loop {

@@ -1,20 +1,23 @@
 //! The controls of the table, and what they promise of texts.
 
-use controlgen_core::{TokenControl, TokenControls};
+use controlgen_core::{Result as Made, TokenControl, TokenControls};
+use controlgen_text::arithmetic::Term;
 use controlgen_text::controls::features::{
     Alliteration, Features, Monosyllabic, Repetition, WordLength, WordList,
 };
 use controlgen_text::controls::{
-    BannedWords, EpsilonCutoff, EtaCutoff, ForcedPrefix, FrequencyPresence, GumbelNoise, LexicalConstraints,
-    LogitBias, MinLength, MinP, NoRepeatNgram, Regularised, Regulariser, RepetitionPenalty, Suppress,
-    Temperature, TopK, TopP, Typical, Watermark,
+    BannedWords, EpsilonCutoff, EtaCutoff, ForcedPrefix, FrequencyPresence, Fudge, FutureDiscriminator, Gedi,
+    GumbelNoise, LexicalConstraints, LogitBias, MinLength, MinP, NoRepeatNgram, Regularised, Regulariser,
+    RepetitionPenalty, Suppress, Temperature, TopK, TopP, Typical, Watermark,
 };
 use controlgen_text::grammar::{Grammar, GrammarControl, Vocabulary};
 use controlgen_text::lexical::{Clause, Clauses};
 use controlgen_text::search::Finish;
 use controlgen_text::{Completion, TextModel};
 
-use crate::{EOS, NEW_TOKENS};
+use tch::{Kind, Tensor};
+
+use crate::{EOS, NEW_TOKENS, table};
 
 type Holds = Box<dyn Fn(&str, &Completion) -> Result<(), String>>;
 
@@ -42,6 +45,36 @@ fn demand(holds: bool, broken: &str) -> Result<(), String> {
     if holds { Ok(()) } else { Err(broken.to_owned()) }
 }
 
+/// Expects a text whose tokens sum to an even number, the more surely the longer it is.
+#[derive(Clone)]
+struct Even {
+    vocab: i64,
+}
+
+impl FutureDiscriminator for Even {
+    /// The sum and the length, `[B, 2]`.
+    type State = Tensor;
+
+    fn vocab(&self) -> i64 {
+        self.vocab
+    }
+
+    fn start(&self, prompts: &[Vec<i64>]) -> Made<Tensor> {
+        Ok(Tensor::zeros([prompts.len() as i64, 2], (Kind::Int64, tch::Device::Cpu)))
+    }
+
+    fn log_probs(&self, state: &mut Tensor, candidates: &Tensor) -> Made<Tensor> {
+        let sign = ((state.narrow(1, 0, 1) + candidates).remainder(2) * -2 + 1).to_kind(Kind::Float);
+        Ok((sign * (state.narrow(1, 1, 1) + 1).to_kind(Kind::Float)).log_sigmoid())
+    }
+
+    fn advance(&self, state: &mut Tensor, tokens: &[i64]) -> Made<()> {
+        let tokens = Tensor::from_slice(tokens);
+        *state = &*state + Tensor::stack(&[&tokens, &tokens.ones_like()], 1);
+        Ok(())
+    }
+}
+
 pub fn all(model: &TextModel) -> Vec<Case> {
     let tokenizer = model.tokenizer();
     let trie = model.token_trie().unwrap();
@@ -57,6 +90,7 @@ pub fn all(model: &TextModel) -> Vec<Case> {
     let constraints =
         LexicalConstraints::new(&clauses, [EOS]).unwrap().within(NEW_TOKENS).reward(1.0).unwrap();
     let vocabulary = Vocabulary::new(tokenizer, &[EOS]).unwrap();
+    let classes = [1, 2].map(|seed| Term::new(Box::new(table(tokenizer.vocab_size(), seed))));
     let grammar = |grammar: &Grammar| GrammarControl::new(grammar, &vocabulary).unwrap();
     vec![
         Case { name: "none", stack: TokenControls::new(), holds: Box::new(|_, _| Ok(())) },
@@ -98,6 +132,9 @@ pub fn all(model: &TextModel) -> Vec<Case> {
         case("regulariser: max", regularised(Regulariser::Max)),
         case("regulariser: squared", regularised(Regulariser::Squared)),
         case("features", features),
+        case("GeDi", Gedi::new(&classes, 0, 3.0).unwrap()),
+        case("GeDi, filtered", Gedi::new(&classes, 1, 3.0).unwrap().filter(0.6, 0.5).unwrap()),
+        case("FUDGE", Fudge::new(Even { vocab: tokenizer.vocab_size() }, 2.0, 50).unwrap()),
         case("Gumbel noise", GumbelNoise::new(3, 0.5).unwrap()),
         case("watermark", Watermark::new(7, 0.4, 2.0).unwrap()),
         promising("clauses", constraints, move |_, c| {

@@ -12,9 +12,10 @@ use std::path::Path;
 
 use controlgen_core::testing::{TableLm, TableLmConfig};
 use controlgen_core::{Error, Result, Rows, TokenControl, TokenControls};
+use controlgen_text::arithmetic::Term;
 use controlgen_text::search::Finish;
 use controlgen_text::tokenizer::{Special, Tokenizer};
-use controlgen_text::{Completion, TextModel};
+use controlgen_text::{Completion, TextModel, TextTerms};
 use searches::Way;
 use tch::{Kind, Tensor};
 
@@ -31,8 +32,13 @@ fn model() -> TextModel {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer/byte_level");
     let tokenizer = Tokenizer::open(folder).unwrap();
     let vocab = tokenizer.vocab_size();
-    let config = TableLmConfig { vocab, order: 1, eos: vec![EOS], scale: 2.5, ..TableLmConfig::default() };
-    TextModel::new(Box::new(TableLm::new(&config).unwrap()), tokenizer).unwrap()
+    TextModel::new(Box::new(table(vocab, 0)), tokenizer).unwrap()
+}
+
+fn table(vocab: i64, seed: u64) -> TableLm {
+    let config =
+        TableLmConfig { vocab, order: 1, eos: vec![EOS], scale: 2.5, seed, ..TableLmConfig::default() };
+    TableLm::new(&config).unwrap()
 }
 
 /// An ordinary token of the tokenizer that ends sequences here.
@@ -79,6 +85,36 @@ fn every_control_under_every_search() {
     }
     assert_eq!(skipped, SKIPPED.len(), "a skipped pair is not in the table");
     assert!(ran > 50, "{ran} pairs");
+}
+
+/// An arithmetic of models of two calls, a term of which reads another prompt.
+#[test]
+fn an_arithmetic_under_every_search() {
+    tch::set_num_threads(1);
+    let model = model();
+    let other = Term::new(Box::new(table(model.lm().spec().vocab, 1)));
+    let sum = |m: &TextTerms<'_>| Ok(1.2 * m.prompt() - 0.4 * m.instead("no sea")? + 0.5 * &other);
+    let sum = model.arithmetic(sum).unwrap();
+    for Way { name, make, n } in searches::all() {
+        let run = |model: &TextModel, prompts: &[&str]| {
+            let start = model.generate_batch(prompts.iter().copied()).search(make(model));
+            let done = start.n(n).max_new_tokens(NEW_TOKENS).eos([EOS]).run();
+            done.unwrap_or_else(|error| panic!("{name}: {error}")).completions
+        };
+        let batch = run(&sum, &PROMPTS);
+        let own = run(&model, &PROMPTS);
+        let ids = |all: &[Completion]| all.iter().map(|c| c.ids.clone()).collect::<Vec<_>>();
+        assert_ne!(ids(&batch), ids(&own), "{name}: it does something");
+        for (i, prompt) in PROMPTS.iter().enumerate() {
+            let alone = run(&sum, &[prompt]);
+            let of_batch: Vec<&Completion> = batch.iter().filter(|c| c.prompt == i).collect();
+            assert_eq!(alone.len(), of_batch.len(), "{name}, prompt {i}");
+            for (alone, of_batch) in alone.iter().zip(of_batch) {
+                assert_eq!(alone.ids, of_batch.ids, "{name}, prompt {i}");
+                assert!((alone.score - of_batch.score).abs() <= 1e-4 * alone.score.abs().max(1.0), "{name}");
+            }
+        }
+    }
 }
 
 /// Follows a completion from its prompt: a token that the control bans is an error.

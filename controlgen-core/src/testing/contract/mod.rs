@@ -16,6 +16,7 @@
 mod adapter;
 mod clause;
 mod denoiser;
+mod encoder;
 mod energy;
 mod guidance;
 mod language_model;
@@ -34,7 +35,7 @@ pub use guidance::GuidanceCase;
 
 use crate::energy::{Energy, Image, Point};
 use crate::{
-    Adapter, Condition, Denoiser, EnergyFn, Guidance, LanguageModel, Result, Rows, TokenControl,
+    Adapter, Condition, Denoiser, Encoder, EnergyFn, Guidance, LanguageModel, Result, Rows, TokenControl,
     TokenControls,
 };
 
@@ -101,15 +102,17 @@ pub fn clauses() -> Vec<(&'static str, Vec<&'static str>)> {
         ("energy", names(&energy::clauses::<Image, Energy<Image>>())),
         ("denoiser", names(&denoiser::clauses())),
         ("guidance", names(&guidance::clauses())),
+        ("encoder", names(&encoder::clauses())),
     ]
 }
 
-/// Checks a language model that starts from [`Source::Rows`](crate::Source::Rows).
+/// Checks a language model: one that starts from [`Source::Rows`](crate::Source::Rows), or an encoder–decoder, whose encoder
+/// then reads the same text in every row.
 ///
 /// | clause | what holds |
 /// |---|---|
 /// | `spec` | the table of embeddings and the logits have the shapes that `spec` tells; special tokens are tokens |
-/// | `start` | a new state is empty and has the rows asked for; no rows are refused, as is an encoder's input |
+/// | `start` | a new state is empty and has the rows asked for; no rows are refused, as is an encoder's input; by an encoder–decoder, rows without one |
 /// | `repeatable` | equal inputs to new states give equal logits, to the bit |
 /// | `cached` | reading in pieces gives what reading at once gives |
 /// | `last` | [`Logits::Last`](crate::Logits::Last) is the last of all |
@@ -133,7 +136,7 @@ pub fn clauses() -> Vec<(&'static str, Vec<&'static str>)> {
 /// | `foreign state` | a state of another kind is refused |
 /// | `lanes` | lanes that are not one a row are refused |
 /// | `bad input` | token ids that are none, wrong types and shapes are refused by type, and the state is as before |
-/// | `context` | positions past the last are refused, naming the limit, and the state is as before; a context of up to 256 can be filled |
+/// | `context` | positions past the last are refused, naming the limit, and the state is as before; a context of up to 256 can be filled; one of 2²⁴ or more is none |
 ///
 /// It takes a few hundred passes over a few tokens, one or two for each site among them, and a model with room for
 /// 8 positions.
@@ -234,6 +237,35 @@ where
 /// The first clause that does not hold.
 pub fn denoiser(model: &dyn Denoiser, conditions: &[Condition], timesteps: &[f64]) -> Result<(), Violation> {
     Options::default().denoiser(model, conditions, timesteps)
+}
+
+/// Checks an encoder of text, of a vocabulary of at least 8 and room for 6 tokens.
+///
+/// | clause | what holds |
+/// |---|---|
+/// | `spec` | features and the table of embeddings have the shapes and the type that `spec` tells |
+/// | `repeatable` | equal inputs give equal features, to the bit |
+/// | `embeddings` | rows of the table of embeddings do what their tokens do |
+/// | `rows` | a row of a batch gives what it gives alone |
+/// | `padding` | so does a row that is padded on the right, whatever it is padded with |
+/// | `gradients` | those with respect to embeddings are those of finite differences (f32 and f64) |
+/// | `no gradients` | where the caller turned gradients off, nothing is recorded, and the caller's mode is left as it was |
+/// | `handle` | a handle does the same, on another thread |
+/// | `sites` | of one kind no two have a name or alias in common |
+/// | `hooks` | a pass comes by every declared site, with values of the declared dimensions |
+/// | `identity control` | a control that does nothing at every site changes nothing, to the bit |
+/// | `effect` | what a control changes at a site changes the features |
+/// | `map_weights` | it offers every linear site's weight; without an answer nothing changes, to the bit; with one the features do, and the original stays; another shape is refused |
+/// | `failing control` | an error of a control is passed on |
+/// | `foreign sites` | controls bound to another model are refused |
+/// | `lanes` | lanes that are not one a row are refused |
+/// | `bad input` | token ids that are none, wrong types and shapes, a row of padding alone and images are refused by type |
+/// | `context` | positions past the last are refused, naming the limit; where there is no last, 700 can be read |
+///
+/// # Errors
+/// The first clause that does not hold.
+pub fn encoder(encoder: &dyn Encoder) -> Result<(), Violation> {
+    Options::default().encoder(encoder)
 }
 
 /// Checks a stage of guidance on predictions that the contract makes itself.

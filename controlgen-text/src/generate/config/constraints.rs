@@ -1,4 +1,4 @@
-//! Clauses, grammars, features, regularisers and watermarks that a configuration asks for.
+//! Guidance, clauses, grammars, features, regularisers and watermarks that a configuration asks for.
 
 use controlgen_core::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use super::GenerationConfig;
 use crate::controls::features::{Features, WordList};
 use crate::controls::{LexicalConstraints, Regularised, Watermark};
-use crate::generate::Generate;
+use crate::generate::arithmetic::Guidance;
+use crate::generate::{Generate, Prompt};
 use crate::grammar::Grammar;
 use crate::lexical::{Clause, Clauses};
 
@@ -43,6 +44,30 @@ impl Default for WatermarkConfig {
 }
 
 impl GenerationConfig {
+    /// What guides the model itself.
+    pub(super) fn guided(&self, to: &mut Generate<'_>) -> Result<()> {
+        let negative = match (&self.negative_prompt, &self.negative_prompt_ids) {
+            (Some(_), Some(_)) => {
+                return Err(Error::value(
+                    "negative prompts",
+                    "negative_prompt or negative_prompt_ids",
+                    "both",
+                ));
+            }
+            (Some(text), None) => Some(Prompt::Text(text.clone())),
+            (None, Some(ids)) => Some(Prompt::Ids(ids.clone())),
+            (None, None) => None,
+        };
+        match (self.guidance_scale, &negative) {
+            (Some(scale), _) => to.guidance = Some(Guidance { scale, negative }),
+            (None, Some(_)) => {
+                return Err(Error::value("guidance_scale of a negative prompt", "a number", "none"));
+            }
+            (None, None) => {}
+        }
+        Ok(())
+    }
+
     /// What changes the model's own log-probabilities: before all else.
     pub(super) fn scored(&self, to: &mut Generate<'_>) -> Result<()> {
         match (self.regularizer, self.regularizer_weight) {

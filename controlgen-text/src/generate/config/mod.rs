@@ -23,7 +23,7 @@ pub use method::Method;
 /// not.
 ///
 /// A field that is absent leaves its control off: there are no hidden defaults (`top_k` included). Controls act in
-/// this order: regulariser, features, watermark; transformers' penalties, bans and lengths; grammar and clauses; then
+/// this order, after guidance: regulariser, features, watermark; transformers' penalties, bans and lengths; grammar and clauses; then
 /// temperature, top-k, top-p, min-p, typical, epsilon, eta. The latter, from `temperature` on, act only where tokens
 /// are drawn, as there.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -122,6 +122,13 @@ pub struct GenerationConfig {
     pub features: Option<Vec<WordFeature>>,
     /// A mark that a detector finds.
     pub watermarking_config: Option<WatermarkConfig>,
+    /// γ of classifier-free guidance; 1 is none.
+    pub guidance_scale: Option<f64>,
+    /// What is said in the prompts' place to be led away from; where neither this nor `negative_prompt_ids` is there, the
+    /// prompt's last token.
+    pub negative_prompt: Option<String>,
+    /// The same in token ids: one text for all prompts.
+    pub negative_prompt_ids: Option<Vec<i64>>,
     /// Texts that end a completion.
     pub stop: Option<Vec<String>>,
     /// The same, by transformers' name.
@@ -181,6 +188,7 @@ impl GenerationConfig {
             to.eos = Some(ids.to_vec());
         }
         let eos = to.eos.clone().unwrap_or_else(|| to.model.eos().to_vec());
+        self.guided(to)?;
         self.scored(to)?;
         self.bans(to, &eos)?;
         let clauses = self.constraints(to, &eos)?;

@@ -64,11 +64,11 @@ pub(super) fn run<R: Rule>(
     let _guard = tch::no_grad_guard();
     plan.validate(task)?;
     let mut live = Live::start(task)?;
-    let groups = plan.groups;
+    let (groups, openings) = (plan.groups, task.openings());
     // The groups of a prompt stand together, and read its row until they have rows of their own.
     let of_prompt = |i: usize| {
         let prompt = i.div_euclid(groups);
-        Ok(Beams::new(prompt, prompt, rule.start(prompt, &task.prompts[prompt])?))
+        Ok(Beams::new(prompt, prompt, rule.start(prompt, &openings[prompt])?))
     };
     let mut sets = (0..task.prompts.len() * groups).map(of_prompt).collect::<Result<Vec<_>>>()?;
     let room = usize::try_from(live.room(task)?).unwrap_or(0);

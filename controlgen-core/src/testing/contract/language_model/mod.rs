@@ -6,7 +6,7 @@ mod refusals;
 mod sites;
 mod state;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::{Check, Clause, Options, Violation, check, noise};
 use crate::noise::Stream;
@@ -71,6 +71,18 @@ impl Options {
     }
 }
 
+/// A new state of so many rows. An encoder–decoder's encoder has read the same text in each, so that rows differ by what
+/// the decoder reads, as those of other models do.
+fn start(lm: &dyn LanguageModel, rows: i64, pass: &Pass<'_>) -> Result<State> {
+    let spec = lm.spec();
+    if spec.decoder_start.is_none() {
+        return lm.start(Source::Rows(rows), pass);
+    }
+    let text = Tensor::f_arange(4, (Kind::Int64, spec.placement.device))?.f_remainder(spec.vocab)?;
+    let text = text.f_unsqueeze(0)?.f_expand([rows, 4], false)?;
+    lm.start(Source::Encoder(LmInput::ids(&text)), pass)
+}
+
 impl<'a> Case<'a> {
     fn new(lm: &'a dyn LanguageModel, options: &Options) -> Result<Self, super::Breach> {
         let spec = lm.spec();
@@ -97,7 +109,7 @@ impl<'a> Case<'a> {
     }
 
     fn start(&self, rows: i64) -> Result<State> {
-        self.lm.start(Source::Rows(rows), &Pass::default())
+        start(self.lm, rows, &Pass::default())
     }
 
     fn forward(&self, input: LmInput<'_>, state: &mut State) -> Result<Tensor> {
@@ -117,7 +129,7 @@ impl<'a> Case<'a> {
 
     /// The logits of ids under a pass.
     fn under(&self, ids: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        let mut state = self.lm.start(Source::Rows(ids.size()[0]), pass)?;
+        let mut state = start(self.lm, ids.size()[0], pass)?;
         Ok(self.lm.forward(LmInput::ids(ids), &mut state, pass)?.logits)
     }
 

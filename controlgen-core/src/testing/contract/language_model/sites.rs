@@ -3,7 +3,7 @@
 use super::Case;
 use crate::testing::contract::probe::{Act, Probe, Where, names_are_unique};
 use crate::testing::contract::{Breach, Check, breach, demand, different, equal, refused};
-use crate::{Dims, Error, LmInput, Pass, SiteId, SiteKind, Source};
+use crate::{Dims, Error, LmInput, Pass, SiteId, SiteKind};
 use tch::Tensor;
 
 pub fn names(c: &Case<'_>) -> Check {
@@ -83,7 +83,7 @@ pub fn map_weights(c: &Case<'_>) -> Check {
         demand(offered.contains(&id), format!("the weight of `{}` to be offered", site.name), "it was not")?;
     }
     let read = |lm: &dyn crate::LanguageModel| -> Result<Tensor, Breach> {
-        let mut state = lm.start(Source::Rows(3), &Pass::default())?;
+        let mut state = super::start(lm, 3, &Pass::default())?;
         Ok(lm.forward(LmInput::ids(&c.ids), &mut state, &Pass::default())?.logits)
     };
     equal("logits after a map without an answer", &read(&*same)?, &before)?;
@@ -96,7 +96,7 @@ pub fn map_weights(c: &Case<'_>) -> Check {
     // It is a handle: controls bound to the model run on it.
     let probe = Probe::new(sites, Where::Sites, Act::Identity).bind(sites)?;
     let pass = Pass::with_controls(&probe);
-    let mut state = mapped.start(Source::Rows(3), &pass)?;
+    let mut state = super::start(&*mapped, 3, &pass)?;
     let found = mapped.forward(LmInput::ids(&c.ids), &mut state, &pass)?.logits;
     equal("logits of the mapped model under the model's controls", &found, &read(&*mapped)?)?;
     let mut narrow = |id: SiteId, w: &Tensor| {

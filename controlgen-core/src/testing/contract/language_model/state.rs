@@ -5,7 +5,7 @@ use tch::Tensor;
 use super::Case;
 use crate::testing::contract::probe::{Act, FAILS, Probe, Where};
 use crate::testing::contract::{Check, breach, demand, on_thread};
-use crate::{Error, LmInput, Pass, Rows, Source};
+use crate::{Error, LmInput, Pass, Rows};
 
 /// Twice, so that either writes first.
 pub fn fork(c: &Case<'_>) -> Check {
@@ -87,7 +87,7 @@ pub fn handle(c: &Case<'_>) -> Check {
     let (mut fork, more, ids) = (state.fork()?, c.more.shallow_clone(), c.ids.shallow_clone());
     let (later, whole) = on_thread(move || {
         let later = handle.forward(LmInput::ids(&more), &mut fork, &Pass::default())?.logits;
-        let mut state = handle.start(Source::Rows(3), &Pass::default())?;
+        let mut state = super::start(&*handle, 3, &Pass::default())?;
         Ok((later, handle.forward(LmInput::ids(&ids), &mut state, &Pass::default())?.logits))
     })?;
     c.close("a handle's logits on another thread", &whole, &c.read(&c.ids)?)?;
@@ -98,7 +98,10 @@ pub fn handle(c: &Case<'_>) -> Check {
 pub fn failing_control(c: &Case<'_>) -> Check {
     let sites = c.lm.sites();
     let probe = Probe::new(sites, Where::Sites, Act::Identity);
-    let _ = c.under(&c.head()?, &Pass::with_controls(&probe.bind(sites)?))?;
+    // Of a pass alone: what an encoder's sites see, they see before it.
+    let controls = probe.bind(sites)?;
+    let pass = Pass::with_controls(&controls);
+    let _ = c.lm.forward(LmInput::ids(&c.head()?), &mut c.start(3)?, &pass)?;
     let calls = probe.calls();
     for at in [1, calls.div_euclid(2).max(1), calls] {
         let mut state = c.begun()?;
