@@ -28,9 +28,31 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! Any sampler runs on any steps, whatever the model predicts:
+//!
+//! | sampler | predictions in n steps | order | noise |
+//! |---|---|---|---|
+//! | [`Ddpm`] | n | | each step; variance small, large or learned |
+//! | [`Ddim`] | n | 1 | with η above 0 |
+//! | [`Euler`], [`FlowMatchEuler`] | n | 1 | none |
+//! | [`EulerAncestral`] | n | | each step |
+//! | [`Heun`] | 2 n − 1 | 2 | none |
+//! | [`Pndm`] | n + 1 | 2 | none |
+//! | [`DpmSolver`] | n | 1, 2 or between 2 and 3 | for the stochastic equation |
+//! | [`UniPc`] | n | one above its own | none |
+//! | [`Lcm`] | n, a few | | each step but the last |
+//!
+//! The order is that in the length of the steps, measured on a Gaussian. [`Thresholded`] keeps any sampler's x̂₀ in the
+//! range of pixels. [`Scheduler`] reads diffusers' scheduler_config.json: steps and sampler as they are there.
 
 mod samplers;
 mod schedule;
+mod scheduler;
 
-pub use samplers::{Ddim, Predict, Sampler, sample};
-pub use schedule::{DiffusionSchedule, Spacing, steps};
+pub use samplers::{
+    Ddim, Ddpm, DpmSolver, DpmSolverType, Euler, EulerAncestral, FlowMatchEuler, Heun, Lcm, Pndm, Predict,
+    Sampler, Threshold, Thresholded, UniPc, UniPcType, Variance, sample,
+};
+pub use schedule::{DiffusionSchedule, SigmaSpacing, Spacing, flow_sigmas, from_strength, steps, steps_at};
+pub use scheduler::Scheduler;

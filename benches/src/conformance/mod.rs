@@ -4,6 +4,7 @@ mod arguments;
 mod forward;
 mod generate;
 mod inputs;
+mod schedule;
 
 use controlgen_core::{Error, Result};
 
@@ -15,7 +16,11 @@ conformance forward MODEL_DIR INPUTS.safetensors OUTPUTS.safetensors [--dtype f3
 conformance generate MODEL_DIR --prompt TEXT | --input-ids 1,2,3 [--config generation.json] [--seed S] \
 [--repeat R] [--dtype f32|f16|bf16|f64] [--device cpu|cuda:0]
     Completes a prompt; one JSON line on stdout. MODEL_DIR may be a GGUF file. --prompt and --input-ids may be given
-    several times: one batch.";
+    several times: one batch.
+conformance schedule SCHEDULER_CONFIG.json INPUTS.safetensors OUTPUTS.safetensors --steps N [--eta E]
+    Runs a scheduler of diffusers over given model outputs. In: sample [B, C, H, W], model_outputs [K, B, C, H, W] for
+    the K calls in order (2 C channels with a learned variance), noise [K, B, C, H, W] where it is drawn. Out:
+    timesteps [K], samples [K, B, C, H, W] after each call.";
 
 /// Runs the tool.
 ///
@@ -25,13 +30,14 @@ pub fn run(arguments: &[String]) -> Result<()> {
     match arguments.split_first() {
         Some((command, rest)) if command == "forward" => forward::run(rest),
         Some((command, rest)) if command == "generate" => generate::run(rest),
+        Some((command, rest)) if command == "schedule" => schedule::run(rest),
         Some((command, _)) if command == "help" || command == "--help" => {
             println!("{USAGE}");
             Ok(())
         }
         other => {
             let found = other.map_or("nothing", |(command, _)| command);
-            Err(Error::value("command", format!("forward or generate\n{USAGE}"), found))
+            Err(Error::value("command", format!("forward, generate or schedule\n{USAGE}"), found))
         }
     }
 }

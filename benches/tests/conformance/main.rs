@@ -8,4 +8,5 @@
 mod forward;
 mod generate;
 mod refusals;
+mod schedule;
 mod support;

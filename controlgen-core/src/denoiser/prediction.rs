@@ -111,29 +111,47 @@ impl Prediction {
         Ok(Self { value, parameterisation: to, variance: self.variance.as_ref().map(Tensor::shallow_clone) })
     }
 
-    /// With x = α x₀ + σ ε and the prediction p = a x₀ + b ε, the form q = c x₀ + d ε is
-    /// ((c b − d a) x + (α d − σ c) p) / (α b − σ a).
     fn form(&self, x: &Tensor, level: NoiseLevel, to: Parameterisation) -> Result<Tensor> {
-        if x.size() != self.value.size() {
-            return Err(Error::shape(
-                "the sample of a prediction",
-                format!("{:?}", self.value.size()),
-                &x.size(),
-            ));
-        }
         if to == self.parameterisation {
+            self.check_sample(x)?;
             return Ok(self.value.shallow_clone());
         }
+        let (clean, noise) = to.row(level);
+        self.blend(x, level, clean, noise, to.name())
+    }
+
+    /// `clean` · x₀ + `noise` · ε, for the x that this is a prediction of, in two products whatever the model predicts:
+    /// with α' and σ' of another level it is x there, which is the step of most solvers.
+    ///
+    /// # Errors
+    /// [`Error::Value`] where x₀ and ε are not both determined at this level; [`Error::Shape`] where x has another
+    /// shape.
+    pub fn mix(&self, x: &Tensor, level: NoiseLevel, clean: f64, noise: f64) -> Result<Tensor> {
+        self.blend(x, level, clean, noise, "both sample and epsilon")
+    }
+
+    /// With x = α x₀ + σ ε and the prediction p = a x₀ + b ε, the form q = c x₀ + d ε is
+    /// ((c b − d a) x + (α d − σ c) p) / (α b − σ a). Errors call it `name`.
+    fn blend(&self, x: &Tensor, level: NoiseLevel, c: f64, d: f64, name: &str) -> Result<Tensor> {
+        self.check_sample(x)?;
         let (alpha, sigma) = (level.alpha(), level.sigma());
-        let ((a, b), (c, d)) = (self.parameterisation.row(level), to.row(level));
+        let (a, b) = self.parameterisation.row(level);
         let determinant = alpha * b - sigma * a;
         if determinant == 0.0 {
-            let what = format!("the noise at which {} gives {}", self.parameterisation.name(), to.name());
+            let what = format!("the noise at which {} gives {name}", self.parameterisation.name());
             let expected = if sigma == 0.0 { "sigma > 0" } else { "alpha > 0" };
             return Err(Error::value(what, expected, format!("alpha {alpha}, sigma {sigma}")));
         }
         let of_x = x.f_mul_scalar((c * b - d * a) / determinant)?;
         Ok(of_x.f_add(&self.value.f_mul_scalar((alpha * d - sigma * c) / determinant)?)?)
+    }
+
+    fn check_sample(&self, x: &Tensor) -> Result<()> {
+        if x.size() != self.value.size() {
+            let expected = format!("{:?}", self.value.size());
+            return Err(Error::shape("the sample of a prediction", expected, &x.size()));
+        }
+        Ok(())
     }
 
     /// Σ fᵢ pᵢ, for factors that sum to 1: the same in every form. The variance is that of the first.
@@ -284,6 +302,8 @@ mod tests {
                     let back = converted.convert(&x, level, *from).unwrap();
                     assert!(distance(&back.value, value) < 1e-10);
                 }
+                let mixed = prediction.mix(&x, level, 0.3, -0.7).unwrap();
+                assert!(distance(&mixed, &(&forms[1].1 * 0.3 - &forms[0].1 * 0.7)) < 1e-12);
                 assert!(distance(&prediction.epsilon(&x, level).unwrap(), &forms[0].1) < 1e-12);
                 assert!(distance(&prediction.x0(&x, level).unwrap(), &forms[1].1) < 1e-12);
             }

@@ -58,4 +58,20 @@ impl Guided {
         }
         Ok(x0.f_add(&shift.f_mul_scalar(level.sigma() * level.sigma() / level.alpha())?)?)
     }
+
+    /// `clean` · x₀ + `noise` · ε of [`Self::x0`] and [`Self::epsilon`], at the cost of one of them: with α' and σ' of
+    /// another level it is x there.
+    ///
+    /// # Errors
+    /// Those of [`Prediction::mix`]; [`Error::Value`](crate::Error::Value) for a shift where there is only noise.
+    pub fn mix(&self, level: NoiseLevel, clean: f64, noise: f64) -> Result<Tensor> {
+        let mixed = self.prediction.mix(&self.x, level, clean, noise)?;
+        let Some(shift) = &self.shift else { return Ok(mixed) };
+        let (alpha, sigma) = (level.alpha(), level.sigma());
+        if alpha == 0.0 {
+            let what = "the noise at which a gradient shifts x0";
+            return Err(crate::Error::value(what, "alpha > 0", alpha));
+        }
+        Ok(mixed.f_add(&shift.f_mul_scalar(sigma * (clean * sigma / alpha - noise))?)?)
+    }
 }

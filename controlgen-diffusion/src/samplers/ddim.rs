@@ -5,7 +5,7 @@ use controlgen_core::noise::NoiseSource;
 use controlgen_core::{Error, Result};
 use tch::Tensor;
 
-use super::{Predict, Sampler, check_steps};
+use super::{Predict, Sampler, Threshold, ask, check_any, check_steps, done, normal_like};
 
 /// x' = α' x̂₀ + √(σ'² − s²) ε̂ + s z, z ~ N(0, 1). Song, Meng & Ermon, "Denoising Diffusion Implicit Models" (2020),
 /// eq. 12.
@@ -17,6 +17,8 @@ use super::{Predict, Sampler, check_steps};
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ddim {
     eta: f64,
+    threshold: Option<Threshold>,
+    gaps: bool,
 }
 
 impl Ddim {
@@ -28,7 +30,24 @@ impl Ddim {
         if !(0.0..=1.0).contains(&eta) {
             return Err(Error::value("eta", "0 ..= 1", eta));
         }
-        Ok(Self { eta })
+        Ok(Self { eta, threshold: None, gaps: false })
+    }
+
+    /// The same with another η.
+    pub(crate) fn with_eta(self, eta: f64) -> Result<Self> {
+        Ok(Self { eta: Self::new(eta)?.eta, ..self })
+    }
+
+    /// Clips x̂₀ and leaves ε̂ as it was predicted, which is diffusers' default. Under
+    /// [`Thresholded`](super::Thresholded) both are of the clipped x̂₀, as Dhariwal & Nichol 2021 have it.
+    #[must_use]
+    pub fn with_threshold(self, threshold: Threshold) -> Self {
+        Self { threshold: Some(threshold), ..self }
+    }
+
+    /// Takes steps that do not begin where the one before ended: diffusers' fixed stride, where it does not divide T.
+    pub(crate) fn with_gaps(self) -> Self {
+        Self { gaps: true, ..self }
     }
 
     /// s: how much new noise a step brings.
@@ -60,20 +79,29 @@ impl Sampler for Ddim {
         steps: &[Step],
         noise: &mut dyn NoiseSource,
     ) -> Result<Tensor> {
-        check_steps(steps)?;
+        if self.gaps {
+            check_any(steps)?;
+        } else {
+            check_steps(steps)?;
+        }
         let deviations = steps.iter().map(|step| self.deviation(step)).collect::<Result<Vec<_>>>()?;
         let _no_gradients = tch::no_grad_guard();
         for (step, s) in steps.iter().zip(deviations) {
-            let guided = predict(&x, step)?;
-            let (x0, epsilon) = (guided.x0(step.level)?, guided.epsilon(step.level)?);
+            let guided = ask(predict, &x, step)?;
             let (alpha, sigma) = (step.next.alpha(), step.next.sigma());
             let direction = (sigma * sigma - s * s).max(0.0).sqrt();
-            x = x0.f_mul_scalar(alpha)?.f_add(&epsilon.f_mul_scalar(direction)?)?;
+            x = match self.threshold {
+                None => guided.mix(step.level, alpha, direction)?,
+                Some(threshold) => {
+                    let x0 = threshold.apply(&guided.x0(step.level)?)?;
+                    let epsilon = guided.epsilon(step.level)?;
+                    x0.f_mul_scalar(alpha)?.f_add(&epsilon.f_mul_scalar(direction)?)?
+                }
+            };
             if s > 0.0 {
-                let z = noise.normal(&x.size(), x.f_kind()?, x.device())?;
-                x = x.f_add(&z.f_mul_scalar(s)?)?;
+                x = x.f_add(&normal_like(&x, noise)?.f_mul_scalar(s)?)?;
             }
         }
-        Ok(x)
+        done(x, steps)
     }
 }

@@ -1,0 +1,95 @@
+//! The fields of a scheduler_config.json, each checked where it enters.
+
+use std::fmt::Display;
+use std::path::Path;
+
+use controlgen_core::{Error, Result};
+use serde_json::{Map, Value};
+
+/// The fields, and what errors call the file.
+pub(super) struct Fields {
+    file: String,
+    fields: Map<String, Value>,
+}
+
+impl Fields {
+    pub(super) fn parse(file: &Path, text: &str) -> Result<Self> {
+        let value: Value = serde_json::from_str(text).map_err(|error| Error::format(file, error))?;
+        let Value::Object(fields) = value else {
+            return Err(Error::format(file, "expected a JSON object"));
+        };
+        Ok(Self { file: file.display().to_string(), fields })
+    }
+
+    /// A field, unless it is absent or null.
+    pub(super) fn get(&self, field: &str) -> Option<&Value> {
+        self.fields.get(field).filter(|value| !value.is_null())
+    }
+
+    pub(super) fn error(&self, field: &str, expected: impl Display, found: impl Display) -> Error {
+        Error::config(&self.file, field, expected, found)
+    }
+
+    pub(super) fn number(&self, field: &str, default: f64) -> Result<f64> {
+        Ok(self.number_if(field)?.unwrap_or(default))
+    }
+
+    /// A finite number, or one of JavaScript's names of infinity that Python writes.
+    pub(super) fn number_if(&self, field: &str) -> Result<Option<f64>> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        let number = value.as_f64().or_else(|| value.as_str().and_then(|text| text.parse().ok()));
+        match number.filter(|x: &f64| !x.is_nan()) {
+            Some(number) => Ok(Some(number)),
+            None => Err(self.error(field, "a number", value)),
+        }
+    }
+
+    pub(super) fn int(&self, field: &str, default: i64, low: i64, high: i64) -> Result<i64> {
+        let Some(value) = self.get(field) else { return Ok(default) };
+        let number = value.as_i64().filter(|n| (low..=high).contains(n));
+        number.ok_or_else(|| self.error(field, format!("an integer in {low} ..= {high}"), value))
+    }
+
+    pub(super) fn count(&self, field: &str, default: i64, high: i64) -> Result<usize> {
+        Ok(usize::try_from(self.int(field, default, 1, high)?).unwrap_or(1))
+    }
+
+    pub(super) fn bool(&self, field: &str, default: bool) -> Result<bool> {
+        let Some(value) = self.get(field) else { return Ok(default) };
+        value.as_bool().ok_or_else(|| self.error(field, "true or false", value))
+    }
+
+    pub(super) fn text<'a>(&'a self, field: &str, default: &'a str) -> Result<&'a str> {
+        let Some(value) = self.get(field) else { return Ok(default) };
+        value.as_str().ok_or_else(|| self.error(field, "a string", value))
+    }
+
+    pub(super) fn numbers(&self, field: &str) -> Result<Option<Vec<f64>>> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        let numbers = value.as_array().and_then(|list| list.iter().map(Value::as_f64).collect());
+        match numbers {
+            Some(numbers) => Ok(Some(numbers)),
+            None => Err(self.error(field, "a list of numbers", value)),
+        }
+    }
+
+    /// One of these words, and what each stands for.
+    pub(super) fn one_of<T: Copy>(&self, field: &str, default: &str, words: &[(&str, T)]) -> Result<T> {
+        let found = self.text(field, default)?;
+        match words.iter().find(|(word, _)| *word == found) {
+            Some((_, meaning)) => Ok(*meaning),
+            None => {
+                let known: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
+                Err(self.error(field, format!("one of {}", known.join(", ")), found))
+            }
+        }
+    }
+
+    /// Refuses a field that asks for what is not there.
+    pub(super) fn refuse(&self, field: &str, instead: &str) -> Result<()> {
+        match self.get(field) {
+            None | Some(Value::Bool(false)) => Ok(()),
+            Some(value) => Err(Error::unsupported(format!("{}: `{field}`: {value}", self.file), instead)),
+        }
+    }
+}
