@@ -46,10 +46,14 @@
 //! The order is that in the length of the steps, measured on a Gaussian. [`Thresholded`] keeps any sampler's x̂₀ in the
 //! range of pixels. [`Scheduler`] reads diffusers' scheduler_config.json: steps and sampler as they are there.
 
+pub mod models;
+mod prompt;
 mod samplers;
 mod schedule;
 mod scheduler;
 
+pub use models::Predicts;
+pub use prompt::{EncodedPrompt, PromptEncoder};
 pub use samplers::{
     Ddim, Ddpm, DpmSolver, DpmSolverType, Euler, EulerAncestral, FlowMatchEuler, Heun, Lcm, Pndm, Predict,
     Sampler, Threshold, Thresholded, UniPc, UniPcType, Variance, sample,

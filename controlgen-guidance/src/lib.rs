@@ -31,8 +31,9 @@ mod energies;
 mod stages;
 
 pub use attention_edits::{Edit, PromptToPrompt};
+/// The stage that pipelines use too.
+pub use controlgen_core::guidance::ClassifierFreeGuidance;
 pub use energies::class_energy;
 pub use stages::{
-    ClassifierFreeGuidance, ClassifierGuidance, GuidanceInterval, IdentityAttention,
-    PerturbedAttentionGuidance, UniversalGuidance,
+    ClassifierGuidance, GuidanceInterval, IdentityAttention, PerturbedAttentionGuidance, UniversalGuidance,
 };

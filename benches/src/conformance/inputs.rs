@@ -4,7 +4,7 @@ use std::path::Path;
 
 use controlgen_core::checkpoint::{Safetensors, TensorSource};
 use controlgen_core::{Error, Placement, Result, Tokens};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// A file of tensors, by the names of arguments.
 pub struct Inputs {
@@ -23,10 +23,7 @@ impl Inputs {
     }
 
     fn read(&self, name: &str) -> Result<Option<Tensor>> {
-        let Some(info) = self.file.info(name) else { return Ok(None) };
-        let mut tensor = Tensor::f_empty(info.shape, (info.kind, Device::Cpu))?;
-        self.file.read(name, &mut tensor)?;
-        Ok(Some(tensor.f_to_device(self.placement.device)?))
+        self.file.load(name)?.map(|tensor| Ok(tensor.f_to_device(self.placement.device)?)).transpose()
     }
 
     /// A tensor of integers, as int64.

@@ -68,14 +68,8 @@ fn run_one(config: &Path, inputs: &Path, outputs: &Path, steps: usize, eta: Opti
     if let Some(name) = inputs.names().iter().find(|name| !INPUTS.contains(&name.as_str())) {
         return Err(Error::value("input tensor", format!("one of {}", INPUTS.join(", ")), name));
     }
-    let read = |name: &str| -> Result<Option<Tensor>> {
-        let Some(info) = inputs.info(name) else { return Ok(None) };
-        let mut tensor = Tensor::f_empty(info.shape, (info.kind, Device::Cpu))?;
-        inputs.read(name, &mut tensor)?;
-        Ok(Some(tensor))
-    };
     let needed = |name: &str| -> Result<Tensor> {
-        read(name)?.ok_or_else(|| Error::value(format!("input tensor `{name}`"), "one", "none"))
+        inputs.load(name)?.ok_or_else(|| Error::value(format!("input tensor `{name}`"), "one", "none"))
     };
     let (sample, model_outputs) = (needed("sample")?, needed("model_outputs")?);
     let channels = sample.size().get(1).copied().unwrap_or(0);
@@ -99,7 +93,7 @@ fn run_one(config: &Path, inputs: &Path, outputs: &Path, steps: usize, eta: Opti
         };
         Ok(Guided { x: x.shallow_clone(), prediction, shift: None })
     };
-    let mut noise = Recorded { noise: read("noise")?, calls: Arc::clone(&calls) };
+    let mut noise = Recorded { noise: inputs.load("noise")?, calls: Arc::clone(&calls) };
     let x = match steps.first() {
         Some(first) => sample.f_mul_scalar(scale(first))?,
         None => sample,

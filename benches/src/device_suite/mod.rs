@@ -75,7 +75,7 @@ pub fn run(device: Device, models: &Path, show: &mut dyn FnMut(&Row)) -> Result<
     };
     for (kind, name) in KINDS {
         let placement = Placement::new(device, kind);
-        add(parity::language_models(models, placement, name)?);
+        add(parity::models_of_text(models, placement, name)?);
         add(controls::adapters(models, placement, name)?);
         add(controls::attention_edits(placement, name)?);
     }

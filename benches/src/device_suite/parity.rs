@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use controlgen_core::{Error, LanguageModel, LmInput, Pass, Placement, Result, Source};
+use controlgen_core::{
+    Encoder, EncoderInput, Error, LanguageModel, LmInput, Pass, Placement, Result, Source, Tokens,
+};
 use controlgen_text::models;
 use tch::{Device, Kind, Tensor};
 
@@ -18,8 +20,8 @@ pub(super) fn bound(kind: Kind) -> f64 {
     }
 }
 
-/// Every model in the folder: logits of a batch with padding, read at once and token by token.
-pub fn language_models(models: &Path, placement: Placement, kind: &'static str) -> Result<Vec<Row>> {
+/// Every model in the folder: logits of a batch with padding, read at once and token by token; hidden states of encoders.
+pub fn models_of_text(models: &Path, placement: Placement, kind: &'static str) -> Result<Vec<Row>> {
     let mut folders: Vec<PathBuf> = std::fs::read_dir(models)
         .map_err(|error| Error::io(models, error))?
         .filter_map(|entry| Some(entry.ok()?.path()))
@@ -29,27 +31,47 @@ pub fn language_models(models: &Path, placement: Placement, kind: &'static str) 
     if folders.is_empty() {
         return Err(Error::value(format!("models in {}", models.display()), "at least one", 0));
     }
+    let exact = Placement::new(Device::Cpu, Kind::Double);
+    let (mut encoders, mut decoders) = (Vec::new(), Vec::new());
+    for folder in folders {
+        let config = models::Config::open(&folder.join("config.json"))?;
+        let alone = matches!(config.str("model_type")?, Some("bert" | "roberta"));
+        if alone { encoders.push(folder) } else { decoders.push(folder) }
+    }
     let mut rows = Vec::new();
     for (cached, how) in [(false, "at once"), (true, "token by token")] {
-        let (mut worst, mut whose) = (-1.0, String::new());
-        for folder in &folders {
-            let exact = models::open(folder, Placement::new(Device::Cpu, Kind::Double))?;
-            let model = models::open(folder, placement)?;
-            let expected = logits(&*exact, false)?;
-            let scale = expected.f_abs()?.f_max()?.f_double_value(&[])?;
-            let off =
-                logits(&*model, cached)?.f_sub(&expected)?.f_abs()?.f_max()?.f_double_value(&[])? / scale;
-            if off > worst || off.is_nan() {
-                (worst, whose) = (off, folder.file_name().unwrap_or_default().to_string_lossy().into_owned());
-            }
-            if off.is_nan() {
-                break;
-            }
-        }
-        let check = format!("logits of {} models read {how}, worst: {whose}", folders.len());
-        rows.push(Row::at_most(check, kind, worst, bound(placement.kind)));
+        let check = format!("logits of {} models read {how}", decoders.len());
+        rows.push(worst(check, (placement, kind), &decoders, |folder| {
+            let expected = logits(&*models::open(folder, exact)?, false)?;
+            largest_difference(&logits(&*models::open(folder, placement)?, cached)?, &expected)
+        })?);
     }
+    let check = format!("hidden states of {} encoders", encoders.len());
+    rows.push(worst(check, (placement, kind), &encoders, |folder| {
+        let expected = hidden(&*models::open_encoder(folder, exact)?)?;
+        largest_difference(&hidden(&*models::open_encoder(folder, placement)?)?, &expected)
+    })?);
     Ok(rows)
+}
+
+/// The largest difference of all folders, and whose it is.
+fn worst(
+    check: String,
+    (placement, kind): (Placement, &'static str),
+    folders: &[PathBuf],
+    off: impl Fn(&Path) -> Result<f64>,
+) -> Result<Row> {
+    let (mut worst, mut whose) = (-1.0, String::new());
+    for folder in folders {
+        let off = off(folder)?;
+        if off > worst || off.is_nan() {
+            (worst, whose) = (off, folder.file_name().unwrap_or_default().to_string_lossy().into_owned());
+        }
+        if off.is_nan() {
+            break;
+        }
+    }
+    Ok(Row::at_most(format!("{check}, worst: {whose}"), kind, worst, bound(placement.kind)))
 }
 
 /// The largest difference, over the largest number expected.
@@ -60,17 +82,37 @@ pub(super) fn largest_difference(found: &Tensor, expected: &Tensor) -> Result<f6
     Ok(largest(&exact(found)?.f_sub(&expected)?)? / largest(&expected)?)
 }
 
-/// Logits of two rows, the second with two tokens of padding before it: `[B, T, V]`, padding left out.
+const LENGTH: i64 = 12;
+
+/// Two rows of tokens, the second with two tokens of padding before it: ids and which to keep, `[2, LENGTH]`.
+fn two_rows(vocab: i64, device: Device) -> Result<(Tensor, Tensor)> {
+    let ids = Tensor::f_arange(2 * LENGTH, (Kind::Int64, device))?;
+    let ids = ids.f_mul_scalar(7919)?.f_remainder(vocab)?.f_view([2, LENGTH])?;
+    let keep = Tensor::f_ones([2, LENGTH], (Kind::Bool, device))?;
+    let _ = keep.f_narrow(0, 1, 1)?.f_narrow(1, 0, 2)?.f_fill_(0)?;
+    Ok((ids, keep))
+}
+
+/// Hidden states of the two rows, padding left out: `[2, T, D]`.
+fn hidden(encoder: &dyn Encoder) -> Result<Tensor> {
+    let _no_gradients = tch::no_grad_guard();
+    let table = encoder.embeddings().ok_or_else(|| Error::unsupported("an encoder without words", "text"))?;
+    let (ids, keep) = two_rows(table.size()[0], encoder.spec().placement.device)?;
+    let input = EncoderInput::Text { tokens: Tokens::Ids(&ids), keep: Some(&keep) };
+    Ok(encoder.encode(input, &Pass::default())?.hidden.f_narrow(1, 2, LENGTH - 2)?)
+}
+
+/// Logits of the two rows, padding left out: `[2, T, V]`. An encoder–decoder encodes them first.
 fn logits(model: &dyn LanguageModel, cached: bool) -> Result<Tensor> {
     let _no_gradients = tch::no_grad_guard();
-    let (spec, length) = (model.spec(), 12);
-    let device = spec.placement.device;
-    let ids = Tensor::f_arange(2 * length, (Kind::Int64, device))?;
-    let ids = ids.f_mul_scalar(7919)?.f_remainder(spec.vocab)?.f_view([2, length])?;
-    let keep = Tensor::f_ones([2, length], (Kind::Bool, device))?;
-    let _ = keep.f_narrow(0, 1, 1)?.f_narrow(1, 0, 2)?.f_fill_(0)?;
+    let (spec, length) = (model.spec(), LENGTH);
+    let (ids, keep) = two_rows(spec.vocab, spec.placement.device)?;
     let pass = Pass::default();
-    let mut state = model.start(Source::Rows(2), &pass)?;
+    let source = match spec.decoder_start {
+        Some(_) => Source::Encoder(LmInput::ids(&ids).keep(Some(&keep))),
+        None => Source::Rows(2),
+    };
+    let mut state = model.start(source, &pass)?;
     let mut read = |start: i64, len: i64| -> Result<Tensor> {
         let keep = keep.f_narrow(1, start, len)?;
         let ids = ids.f_narrow(1, start, len)?;

@@ -15,7 +15,7 @@ mod safetensors;
 mod save;
 mod weights;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub(crate) use replace::remove_left;
 pub use replace::replace;
@@ -57,4 +57,24 @@ pub trait TensorSource: Send {
     /// since it was opened; [`Error::Torch`](crate::Error::Torch) if LibTorch refuses, as for lack of memory
     /// on a device.
     fn read(&self, name: &str, into: &mut Tensor) -> Result<()>;
+
+    /// A copy of a tensor as it is stored, on the CPU, or none if there is no tensor of that name.
+    ///
+    /// # Errors
+    /// Those of [`read`](Self::read) for a tensor that is there.
+    fn load(&self, name: &str) -> Result<Option<Tensor>> {
+        let Some(info) = self.info(name) else { return Ok(None) };
+        let mut tensor = Tensor::f_empty(&info.shape, (info.kind, Device::Cpu))?;
+        self.read(name, &mut tensor)?;
+        Ok(Some(tensor))
+    }
+
+    /// Copies of all tensors as they are stored, on the CPU.
+    ///
+    /// # Errors
+    /// Those of [`read`](Self::read).
+    fn load_all(&self) -> Result<Vec<(String, Tensor)>> {
+        let load = |name: String| Ok(self.load(&name)?.map(|tensor| (name, tensor)));
+        self.names().into_iter().filter_map(|name| load(name).transpose()).collect()
+    }
 }

@@ -4,10 +4,12 @@
 //! ([`Guidance::guide`]); a [`Guider`] runs a stack of stages around a denoiser, all branches of one graph in one
 //! call. A sampler takes what comes out, [`Guided`], and knows nothing of guidance.
 
+mod classifier_free;
 mod guided;
 mod outputs;
 mod runner;
 
+pub use classifier_free::ClassifierFreeGuidance;
 pub use guided::Guided;
 pub use outputs::{Memory, Outputs};
 pub use runner::{Guider, GuiderRun};

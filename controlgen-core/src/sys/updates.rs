@@ -6,6 +6,8 @@
 
 use tch::Tensor;
 
+// Where `kernels` below does nothing, its fields are read by nobody.
+#[cfg_attr(not(all(target_arch = "x86_64", unix, optimised, not(debug_assertions))), allow(dead_code))]
 /// p ← d p; m ← m + n₁ (s g − m); v ← k₂ v + n₂ (s g)²; p ← p − r m / (√v q + ε).
 pub(crate) struct AdamWUpdate {
     /// s
@@ -26,6 +28,7 @@ pub(crate) struct AdamWUpdate {
     pub(crate) epsilon: f32,
 }
 
+#[cfg_attr(not(all(target_arch = "x86_64", unix, optimised, not(debug_assertions))), allow(dead_code))]
 /// g' = s g + λ p; b ← μ b + n g'; p ← p − r b, or p − r (g' + μ b).
 pub(crate) struct SgdUpdate {
     /// s

@@ -5,6 +5,7 @@ mod batch;
 #[cfg(feature = "bench")]
 pub mod bench;
 pub mod contract;
+mod counting_lm;
 mod mixture;
 mod mixture_denoiser;
 mod statistics;
@@ -12,6 +13,7 @@ pub mod strategies;
 mod table_lm;
 
 pub use batch::{left_padded, right_padded};
+pub use counting_lm::CountingLm;
 pub use mixture::{Component, Mixture};
 pub use mixture_denoiser::MixtureDenoiser;
 pub use statistics::{chi_square, ks_test, normal_cdf};

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use super::Parameters;
 use crate::checkpoint::{Safetensors, TensorSource, save};
@@ -65,14 +65,7 @@ impl Checkpoint {
             return Err(Error::unsupported(what, VERSION.to_string()));
         }
         let record = serde_json::from_value(value).map_err(wrong)?;
-        let mut tensors = Vec::new();
-        for name in file.names() {
-            let Some(info) = file.info(&name) else { continue };
-            let mut tensor = Tensor::f_empty(&info.shape, (info.kind, Device::Cpu))?;
-            file.read(&name, &mut tensor)?;
-            tensors.push((name, tensor));
-        }
-        Ok(Self { path: path.to_owned(), record, tensors })
+        Ok(Self { path: path.to_owned(), record, tensors: file.load_all()? })
     }
 
     /// Writes a checkpoint of the tensors of several parts.

@@ -36,7 +36,7 @@ impl Gradients {
     /// [`Error::NotDifferentiable`] if it depends on no parameter; [`Error::Unsupported`] for a gradient that is not
     /// dense.
     pub fn of(loss: &Tensor, parameters: &Parameters) -> Result<Self> {
-        finite("loss", scalar(loss)?)?;
+        finite("loss", "this step", scalar(loss)?)?;
         let mut gradients = Self::none(parameters);
         gradients.add(loss, parameters)?;
         Ok(gradients)
@@ -105,7 +105,7 @@ impl Gradients {
     pub fn clip_norm(&mut self, most: f64) -> Result<f64> {
         positive("clip_norm", most)?;
         let norm = self.norm()?;
-        finite("norm of the gradients", norm)?;
+        finite("norm of the gradients", "this step", norm)?;
         self.clip_to(norm, most);
         Ok(norm)
     }
@@ -166,12 +166,12 @@ pub(super) fn scalar(loss: &Tensor) -> Result<f64> {
 }
 
 /// Refuses NaN and infinities.
-pub(super) fn finite(what: &str, value: f64) -> Result<()> {
+pub(super) fn finite(what: &str, at: &str, value: f64) -> Result<()> {
     if value.is_finite() {
         return Ok(());
     }
     let found = if value.is_nan() { "NaN" } else { "infinity" };
-    Err(Error::NotFinite { what: what.to_owned(), at: "this step".into(), found: found.into() })
+    Err(Error::NotFinite { what: what.to_owned(), at: at.to_owned(), found: found.into() })
 }
 
 fn positive(what: &str, value: f64) -> Result<()> {

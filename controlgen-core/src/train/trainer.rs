@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tch::Tensor;
 
-use super::gradients::scalar;
+use super::gradients::{finite, scalar};
 use super::order::Order;
 use super::{Batch, Ema, Gradients, Optimizer, StepReport, Summary, Task, TrainerConfig, Watch};
 use crate::noise::Noise;
@@ -163,7 +163,7 @@ impl Trainer {
             gradients.clip_value(most)?;
         }
         let gradient_norm = gradients.norm()?;
-        finite("norm of the gradients", gradient_norm, step)?;
+        finite("norm of the gradients", &format!("step {step}"), gradient_norm)?;
         if let Some(most) = self.config.clip_norm {
             gradients.clip_to(gradient_norm, most);
         }
@@ -200,7 +200,7 @@ impl Trainer {
             let _gradients = EnableGrad::new();
             let loss = task.loss(Batch { examples: batch, step, epoch, stream: &mut stream })?;
             let value = scalar(&loss.value)?;
-            finite("loss", value, step)?;
+            finite("loss", &format!("step {step}"), value)?;
             found.loss += share * value;
             if number == 0 {
                 found.metrics = loss.metrics.iter().map(|(name, _)| (name.clone(), 0.0)).collect();
@@ -242,13 +242,4 @@ impl Trainer {
         }
         Ok(true)
     }
-}
-
-/// Refuses NaN and infinities.
-fn finite(what: &str, value: f64, step: u64) -> Result<()> {
-    if value.is_finite() {
-        return Ok(());
-    }
-    let found = if value.is_nan() { "NaN" } else { "infinity" };
-    Err(Error::NotFinite { what: what.to_owned(), at: format!("step {step}"), found: found.into() })
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use controlgen_core::checkpoint::{Safetensors, TensorSource, replace, save};
 use controlgen_core::{Error, LmSpec, Result, copy_parameters};
 use serde_json::{Map, Value};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::Pooling;
 use crate::models::Config;
@@ -169,13 +169,6 @@ impl Directory {
 
     /// Copies the file's tensors into parameters of the same names. Nothing is copied unless all fit.
     pub(super) fn read(&self, into: &[(String, Tensor)]) -> Result<()> {
-        let mut tensors = Vec::new();
-        for name in self.file.names() {
-            let Some(info) = self.file.info(&name) else { continue };
-            let mut tensor = Tensor::f_empty(&info.shape, (info.kind, Device::Cpu))?;
-            self.file.read(&name, &mut tensor)?;
-            tensors.push((name, tensor));
-        }
-        copy_parameters(&self.file.what(), &tensors, into)
+        copy_parameters(&self.file.what(), &self.file.load_all()?, into)
     }
 }

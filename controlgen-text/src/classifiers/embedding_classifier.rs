@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use controlgen_core::energy::Text;
-use controlgen_core::{Classifier, Error, LanguageModel, LmSpec, Result, SharedTensor};
+use controlgen_core::{Classifier, Error, LanguageModel, LmSpec, Result, SharedTensor, Tokens};
 use tch::{Kind, Tensor};
 
 use super::directory::{Directory, ModelCard, Settings};
 use super::head::uniform;
-use super::states::expected_embeddings;
 use super::{Head, Pooling, check_classes};
+use crate::models::expected_embeddings;
 
 /// How many neighbouring tokens a channel sees.
 const WINDOW: i64 = 3;
@@ -105,22 +105,8 @@ impl EmbeddingClassifier {
         match x {
             Text::Soft { probs, .. } => expected_embeddings(&self.table, probs),
             Text::Hard { ids, .. } => {
-                let vocab = self.table.size()[0];
-                let &[rows, len] = ids.size().as_slice() else {
-                    return Err(Error::shape("token ids", "[B, T]", &ids.size()));
-                };
-                if ids.f_kind()? != Kind::Int64 {
-                    let (expected, found) = ("Int64".into(), format!("{:?}", ids.f_kind()?));
-                    return Err(Error::Kind { what: "token ids".into(), expected, found });
-                }
-                if rows * len > 0 {
-                    let (low, high) = ids.f_aminmax(None, false)?;
-                    let (low, high) = (low.f_int64_value(&[])?, high.f_int64_value(&[])?);
-                    if low < 0 || high >= vocab {
-                        let found = if low < 0 { low } else { high };
-                        return Err(Error::value("token id", format!("0 .. {vocab}"), found));
-                    }
-                }
+                let (vocab, width) = self.table.size2()?;
+                Tokens::Ids(ids).validate(None, vocab, width, self.table.f_kind()?)?;
                 let ids = ids.f_to_device(self.table.device())?;
                 Ok(Tensor::f_embedding(&self.table, &ids, -1, false, false)?)
             }

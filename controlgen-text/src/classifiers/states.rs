@@ -7,7 +7,7 @@ use controlgen_core::{
 };
 use tch::{Kind, Tensor};
 
-use crate::models;
+use crate::models::{self, expected_embeddings};
 
 /// Leaves what linear sites read.
 struct Tap(Vec<SiteId>);
@@ -154,27 +154,6 @@ impl LmStates {
             several => Ok(Tensor::f_cat(several, -1)?),
         }
     }
-}
-
-/// Σᵥ π(v) eᵥ, of soft tokens `[B, T, V]` and a table `[V, D]`, in the table's element type: `[B, T, D]`.
-///
-/// # Errors
-/// [`Error::Shape`] for another vocabulary; [`Error::Kind`] for what is not floating-point.
-pub(super) fn expected_embeddings(table: &Tensor, probs: &Tensor) -> Result<Tensor> {
-    let vocab = table.size().first().copied().unwrap_or(0);
-    match probs.size().as_slice() {
-        [_, _, found] if *found == vocab => {}
-        other => return Err(Error::shape("soft tokens", format!("[B, T, {vocab}]"), other)),
-    }
-    if !probs.is_floating_point() {
-        let found = format!("{:?}", probs.f_kind()?);
-        return Err(Error::Kind {
-            what: "soft tokens".into(),
-            expected: "a floating-point type".into(),
-            found,
-        });
-    }
-    Ok(probs.f_to_device(table.device())?.f_to_kind(table.f_kind()?)?.f_matmul(table)?)
 }
 
 fn resolve(sites: &SiteMap, names: &[String]) -> Result<Vec<SiteId>> {

@@ -10,8 +10,8 @@ use controlgen_core::{
 };
 use tch::{Kind, Tensor};
 
-use super::config::{Config, limits};
 use super::{encoder_mask, text_of};
+use controlgen_core::config::{Config, limits};
 
 /// The values of `model_type` that this file serves.
 pub const MODEL_TYPES: [&str; 2] = ["bert", "roberta"];

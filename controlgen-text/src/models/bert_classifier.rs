@@ -6,10 +6,11 @@ use controlgen_core::checkpoint::Weights;
 use controlgen_core::energy::Text;
 use controlgen_core::layers::Linear;
 use controlgen_core::{Classifier, Error, Pass, Placement, Result, SiteMap, Tokens, WeightMap};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::bert::{BertConfig, BertInput, Body, linear, named, pool};
-use super::config::Config;
+use super::expected_embeddings;
+use controlgen_core::config::Config;
 
 /// A BERT or RoBERTa that tells classes of texts apart: W tanh(W₀ h₀ + b₀) + b of the first position's state h₀, as
 /// `BertForSequenceClassification` and `RobertaForSequenceClassification` do.
@@ -136,27 +137,9 @@ impl Classifier<Text> for BertClassifier {
                 self.forward(BertInput::new(Tokens::Ids(&ids), keep.as_ref()), &Pass::default())
             }
             Text::Soft { probs, .. } => {
-                let embeds = expected_embeddings(probs, table)?;
+                let embeds = expected_embeddings(table, probs)?;
                 self.forward(BertInput::new(Tokens::Embeds(&embeds), keep.as_ref()), &Pass::default())
             }
         }
     }
-}
-
-/// Σᵥ π(v) eᵥ of soft tokens `[B, T, V]`: `[B, T, D]`.
-fn expected_embeddings(probs: &Tensor, table: &Tensor) -> Result<Tensor> {
-    let vocab = table.size()[0];
-    if probs.dim() != 3 || probs.size()[2] != vocab {
-        return Err(Error::shape("soft tokens", format!("[B, T, {vocab}]"), &probs.size()));
-    }
-    if !probs.is_floating_point() {
-        let found = format!("{:?}", probs.f_kind()?);
-        return Err(Error::Kind {
-            what: "soft tokens".into(),
-            expected: "a floating-point type".into(),
-            found,
-        });
-    }
-    let kind: Kind = table.f_kind()?;
-    Ok(probs.f_to_device(table.device())?.f_to_kind(kind)?.f_matmul(table)?)
 }

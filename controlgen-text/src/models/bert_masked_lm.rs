@@ -9,9 +9,9 @@ use controlgen_core::{Dims, Error, LmSpec, MaskedLm, Pass, Placement, Result, Si
 use tch::Tensor;
 
 use super::bert::{BertConfig, BertInput, Body, layer_norm, linear, named};
-use super::config::Config;
 use super::{map_output, output_product, special_tokens};
 use crate::tokenizer::Tokenizer;
+use controlgen_core::config::Config;
 
 /// A BERT or RoBERTa that fills gaps: logits = E · norm(act(W h + c)) + b, with E the table of embeddings unless the
 /// checkpoint has an output of its own.

@@ -10,9 +10,9 @@ use controlgen_core::{
 };
 use tch::Tensor;
 
-use super::config::{Config, limits};
 use super::kv_cache::KvCache;
 use super::{check_layers, decoder_only, first_sites, map_output, special_tokens};
+use controlgen_core::config::{Config, limits};
 
 /// The values of `model_type` that this file serves.
 pub const MODEL_TYPES: [&str; 1] = ["gpt2"];

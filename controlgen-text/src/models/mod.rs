@@ -3,7 +3,6 @@
 mod bert;
 mod bert_classifier;
 mod bert_masked_lm;
-mod config;
 mod gpt2;
 mod kv_cache;
 mod llama;
@@ -26,7 +25,7 @@ use tch::{Device, Kind, Tensor};
 pub use bert::{Bert, BertConfig, BertInput};
 pub use bert_classifier::BertClassifier;
 pub use bert_masked_lm::{BertMaskedLm, FramingTokens};
-pub use config::Config;
+pub use controlgen_core::config::Config;
 pub use gpt2::{Gpt2, Gpt2Config};
 pub use llama::{Llama, LlamaConfig};
 pub use t5::T5;
@@ -258,4 +257,25 @@ fn map_output(head: &Linear, tables: Option<(&Embedding, &Embedding)>, f: Weight
         }
         _ => head.map_weights(f),
     }
+}
+
+/// Σᵥ π(v) eᵥ, of soft tokens `[B, T, V]` and a table `[V, D]`, in the table's element type: `[B, T, D]`.
+///
+/// # Errors
+/// [`Error::Shape`] for another vocabulary; [`Error::Kind`] for what is not floating-point.
+pub(crate) fn expected_embeddings(table: &Tensor, probs: &Tensor) -> Result<Tensor> {
+    let vocab = table.size().first().copied().unwrap_or(0);
+    match probs.size().as_slice() {
+        [_, _, found] if *found == vocab => {}
+        other => return Err(Error::shape("soft tokens", format!("[B, T, {vocab}]"), other)),
+    }
+    if !probs.is_floating_point() {
+        let found = format!("{:?}", probs.f_kind()?);
+        return Err(Error::Kind {
+            what: "soft tokens".into(),
+            expected: "a floating-point type".into(),
+            found,
+        });
+    }
+    Ok(probs.f_to_device(table.device())?.f_to_kind(table.f_kind()?)?.f_matmul(table)?)
 }

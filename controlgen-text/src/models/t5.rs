@@ -10,11 +10,11 @@ use controlgen_core::{
 };
 use tch::{Kind, Tensor};
 
-use super::config::{Config, limits};
 use super::kv_cache::{KvCache, Placed};
 use super::relative_bias::{RelativeBias, masked};
 use super::t5_encoder::{FeedForward, Loader, SelfAttention, Stack, T5Config, add_attended, named};
 use super::{encoder_mask, map_output, output_product, special_tokens};
+use controlgen_core::config::{Config, limits};
 
 /// A T5. Its prompt is the encoder's input ([`Source::Encoder`]); its decoder reads what has been said so far, from
 /// [`LmSpec::decoder_start`] on.

@@ -10,9 +10,9 @@ use controlgen_core::{
 };
 use tch::Tensor;
 
-use super::config::{Config, limits};
 use super::relative_bias::{Buckets, RelativeBias, masked};
 use super::{encoder_mask, text_of};
+use controlgen_core::config::{Config, limits};
 
 /// The values of `model_type` that this file serves.
 pub const MODEL_TYPES: [&str; 1] = ["t5"];

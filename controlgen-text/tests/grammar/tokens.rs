@@ -1,14 +1,9 @@
 //! Masks against brute force, samples against enumeration, jump-forward against token by token.
 
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use controlgen_core::testing::{chi_square, contract};
-use controlgen_core::{
-    LanguageModel, LmInput, LmOutput, LmSpec, Pass, Result, Rows, SiteMap, Source, State, TokenControl,
-    TokenControls, WeightMap,
-};
+use controlgen_core::testing::{CountingLm, chi_square, contract};
+use controlgen_core::{LanguageModel, LmInput, Pass, Rows, Source, TokenControl, TokenControls};
 use controlgen_text::controls::{NoRepeatNgram, Temperature, TopP};
 use controlgen_text::grammar::{Grammar, Vocabulary};
 use controlgen_text::search::{BeamSearch, Choice, Finish, Search, Task};
@@ -202,37 +197,6 @@ fn bytes_without_a_token() {
     assert!(Vocabulary::new(&tokenizer("wordpiece"), &[3]).is_err());
 }
 
-/// Counts the passes of a model.
-struct Counting {
-    lm: Box<dyn LanguageModel>,
-    passes: Arc<AtomicUsize>,
-}
-
-impl LanguageModel for Counting {
-    fn handle(&self) -> Box<dyn LanguageModel> {
-        Box::new(Self { lm: self.lm.handle(), passes: Arc::clone(&self.passes) })
-    }
-    fn spec(&self) -> &LmSpec {
-        self.lm.spec()
-    }
-    fn sites(&self) -> &SiteMap {
-        self.lm.sites()
-    }
-    fn embeddings(&self) -> &Tensor {
-        self.lm.embeddings()
-    }
-    fn start(&self, source: Source<'_>, pass: &Pass<'_>) -> Result<State> {
-        self.lm.start(source, pass)
-    }
-    fn forward(&self, input: LmInput<'_>, state: &mut State, pass: &Pass<'_>) -> Result<LmOutput> {
-        self.passes.fetch_add(1, Ordering::Relaxed);
-        self.lm.forward(input, state, pass)
-    }
-    fn map_weights(&self, f: WeightMap<'_>) -> Result<Box<dyn LanguageModel>> {
-        self.lm.map_weights(f)
-    }
-}
-
 fn same(a: &Completion, b: &Completion, at: &str) {
     assert_eq!((&a.ids, &a.text, &a.finish), (&b.ids, &b.text, &b.finish), "{at}");
     assert_eq!(a.logprobs.len(), a.ids.len(), "{at}");
@@ -250,10 +214,9 @@ fn same(a: &Completion, b: &Completion, at: &str) {
 #[test]
 fn jump_forward_changes_nothing() {
     tch::set_num_threads(1);
-    let passes = Arc::new(AtomicUsize::new(0));
     let plain = model();
-    let lm = Counting { lm: plain.lm().handle(), passes: Arc::clone(&passes) };
-    let model = TextModel::new(Box::new(lm), plain.tokenizer().handle()).unwrap();
+    let counting = CountingLm::new(plain.lm().handle());
+    let model = TextModel::new(counting.handle(), plain.tokenizer().handle()).unwrap();
     let schema = json!({"type": "object", "properties": {
         "first name": {"enum": ["Anna", "Bo"]},
         "the age in years": {"type": "integer", "minimum": 0, "maximum": 99},
@@ -266,13 +229,13 @@ fn jump_forward_changes_nothing() {
             // Ended by itself, cut off, and ended by a stop string within what is forced.
             for (most, stop) in [(200, None), (9, None), (200, Some("the age"))] {
                 let run = |jump| {
-                    passes.store(0, Ordering::Relaxed);
+                    counting.take();
                     let generate = model.generate_batch(prompts.iter().copied()).n(n).sample(seed);
                     let generate = generate.with(control.clone().jump_forward(jump)).max_new_tokens(most);
                     let generate =
                         generate.with(Temperature::new(1.5).unwrap()).with(TopP::new(0.99).unwrap());
                     let ran = generate.stop(stop).run().unwrap();
-                    (ran.completions, passes.load(Ordering::Relaxed))
+                    (ran.completions, counting.take().len())
                 };
                 let ((slow, all), (fast, fewer)) = (run(false), run(true));
                 let at = format!("{prompts:?}, n {n}, seed {seed}, at most {most}, stop {stop:?}");

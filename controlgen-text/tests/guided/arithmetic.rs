@@ -1,6 +1,6 @@
 //! Sums of models against the sums written out.
 
-use controlgen_core::testing::TableLm;
+use controlgen_core::testing::{CountingLm, TableLm};
 use controlgen_core::{
     At, Binding, Control, Controls, Error, Lane, Lanes, LanguageModel, LmInput, Pass, Placement, Result,
     SiteId, SiteKind, SiteMap, TokenControls,
@@ -13,7 +13,6 @@ use controlgen_text::models;
 use controlgen_text::search::{BeamSearch, Choice, EarlyStopping, Search, Smc, Speculative, Task, prefill};
 use tch::Tensor;
 
-use crate::counting::Counting;
 use crate::{EOS, LENGTH, PROMPT, enumerate, folder, normalised, p_value, run, said, table};
 
 const INSTEAD: [i64; 2] = [4, 2];
@@ -200,13 +199,13 @@ fn searches_that_fork_and_forget_draw_it_too() {
 
 #[test]
 fn terms_over_one_model_are_one_call() {
-    let counting = Counting::new(table(5, 11));
+    let counting = CountingLm::new(table(5, 11));
     let a = Term::new(counting.handle());
     let three = &a - 0.6 * a.instead(INSTEAD) + a.after(PREFIX) + 0.5 * a.prompt();
     let lm = ModelArithmetic::new(three).unwrap();
     let prompts = [PROMPT.to_vec(), vec![2]];
     run(&lm, &prompts, &TokenControls::new(), &Choice::Greedy, 1);
-    let calls = counting.calls.lock().unwrap().clone();
+    let calls = counting.calls();
     assert_eq!(calls[0], [6, 7], "the prompts: 3 terms of 2 rows");
     assert!(calls.len() <= 4 && calls[1..].iter().all(|call| call[1] == 1 && call[0] <= 6), "{calls:?}");
     assert_eq!(calls[1], [6, 1]);

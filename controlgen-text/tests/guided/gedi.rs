@@ -1,6 +1,6 @@
 //! GeDi against Bayes' rule, written out on plain probabilities.
 
-use controlgen_core::testing::{TableLm, contract};
+use controlgen_core::testing::{CountingLm, TableLm, contract};
 use controlgen_core::{LanguageModel, Placement, Rows, TokenControl, TokenControls};
 use controlgen_text::arithmetic::Term;
 use controlgen_text::controls::Gedi;
@@ -9,7 +9,6 @@ use controlgen_text::search::{BeamSearch, Choice, EarlyStopping, Search, Specula
 
 use tch::Tensor;
 
-use crate::counting::Counting;
 use crate::{PROMPT, enumerate, folder, normalised, p_value, run, said, table};
 
 /// Three classes: a model, another, and the first after a prefix, which a table that looks two tokens back sees only where the
@@ -191,12 +190,12 @@ fn the_filter_leaves_what_the_paper_leaves() {
 
 #[test]
 fn classes_of_one_model_are_one_call() {
-    let counting = Counting::new(table(5, 31));
+    let counting = CountingLm::new(table(5, 31));
     let term = Term::new(counting.handle());
     let control = Gedi::new(&[term.after([4]), term.after([2, 3]), term.prompt()], 1, 2.0).unwrap();
     let controls = TokenControls::new().with(control);
     let found = run(&table(5, 30), &[PROMPT.to_vec(), vec![2]], &controls, &Choice::Greedy, 1);
-    let calls = counting.calls.lock().unwrap().clone();
+    let calls = counting.calls();
     assert_eq!(calls[0], [6, 5], "the prompts: 3 classes of 2 rows");
     let longest = found.iter().map(|h| said(h).len()).max().unwrap();
     assert_eq!(calls.len(), longest, "one call a step, none after the last: {calls:?}");
@@ -206,22 +205,22 @@ fn classes_of_one_model_are_one_call() {
 /// Tokens that were taken without asking are read in one call, and count like all others.
 #[test]
 fn tokens_that_nothing_was_asked_of() {
-    let counting = Counting::new(table(5, 31));
+    let counting = CountingLm::new(table(5, 31));
     let term = Term::new(counting.handle());
     let control = Gedi::new(&[term.after([4]), term.after([2, 3])], 1, 2.0).unwrap();
     let prompts = [PROMPT.to_vec(), vec![2]];
     let logits = || Tensor::zeros([2, 5], (tch::Kind::Float, tch::Device::Cpu));
     let (mut asked, mut quiet) = (control.start(&prompts).unwrap(), control.start(&prompts).unwrap());
-    counting.calls.lock().unwrap().clear();
+    counting.take();
     for tokens in [[2, 3], [4, 4], [0, 2]] {
         let _ = control.score(&mut asked, logits()).unwrap();
         control.advance(&mut asked, &tokens).unwrap();
         control.advance(&mut quiet, &tokens).unwrap();
     }
     quiet.reorder(&[1, 0]).unwrap();
-    counting.calls.lock().unwrap().clear();
+    counting.take();
     let found = control.score(&mut quiet, logits()).unwrap();
-    assert_eq!(*counting.calls.lock().unwrap(), [[4, 3]]);
+    assert_eq!(counting.calls(), [[4, 3]]);
     let expected = control.score(&mut asked, logits()).unwrap().flip([0]);
     assert!(found.allclose(&expected, 1e-5, 1e-5, false), "{found} {expected}");
 }

@@ -3,7 +3,6 @@
 
 mod arithmetic;
 mod bad_input;
-mod counting;
 mod fudge;
 mod gedi;
 mod pplm;

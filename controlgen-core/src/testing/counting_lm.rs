@@ -1,29 +1,48 @@
-//! A model that counts what it is asked.
+//! A language model that counts what it is asked.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use controlgen_core::{
-    LanguageModel, LmInput, LmOutput, LmSpec, Pass, Result, SiteMap, Source, State, Tokens, WeightMap,
-};
 use tch::Tensor;
 
-pub struct Counting {
+use crate::{
+    LanguageModel, LmInput, LmOutput, LmSpec, Pass, Result, SiteMap, Source, State, Tokens, WeightMap,
+};
+
+/// Another model, of whose forward calls it keeps rows and tokens, B and T. All handles keep one count; what
+/// [`map_weights`](LanguageModel::map_weights) makes is not counted.
+pub struct CountingLm {
     lm: Box<dyn LanguageModel>,
-    /// Rows and tokens of each call.
-    pub calls: Arc<Mutex<Vec<Vec<i64>>>>,
+    calls: Arc<Mutex<Vec<Vec<i64>>>>,
 }
 
-impl Counting {
+impl CountingLm {
+    /// Counts the calls of a model.
     pub fn new(lm: impl LanguageModel) -> Self {
         Self { lm: Box::new(lm), calls: Arc::default() }
     }
 
+    /// Another handle, with the same count.
+    #[must_use]
     pub fn share(&self) -> Self {
         Self { lm: self.lm.handle(), calls: Arc::clone(&self.calls) }
     }
+
+    /// B and T of each call since it was made, or since the last [`take`](Self::take).
+    pub fn calls(&self) -> Vec<Vec<i64>> {
+        self.locked().clone()
+    }
+
+    /// The same, and counts from none again.
+    pub fn take(&self) -> Vec<Vec<i64>> {
+        std::mem::take(&mut *self.locked())
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Vec<Vec<i64>>> {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-impl LanguageModel for Counting {
+impl LanguageModel for CountingLm {
     fn handle(&self) -> Box<dyn LanguageModel> {
         Box::new(self.share())
     }
@@ -41,7 +60,7 @@ impl LanguageModel for Counting {
     }
     fn forward(&self, input: LmInput<'_>, state: &mut State, pass: &Pass<'_>) -> Result<LmOutput> {
         let (Tokens::Ids(tokens) | Tokens::Embeds(tokens)) = input.tokens;
-        self.calls.lock().unwrap().push(tokens.size()[..2].to_vec());
+        self.locked().push(tokens.size().into_iter().take(2).collect());
         self.lm.forward(input, state, pass)
     }
     fn map_weights(&self, f: WeightMap<'_>) -> Result<Box<dyn LanguageModel>> {

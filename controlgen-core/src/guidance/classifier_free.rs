@@ -1,9 +1,7 @@
 //! Classifier-free guidance.
 
-use controlgen_core::guidance::{Branch, Guided, Memory, Needs, Outputs, Step};
-use controlgen_core::{Error, Guidance, Prediction, Result};
-
-use crate::check;
+use super::{Branch, Guidance, Guided, Memory, Needs, Outputs, Step};
+use crate::{Error, Prediction, Result};
 
 /// ε = ε_u + s (ε_c − ε_u): away from the unconditional prediction, towards the conditional one. Ho & Salimans,
 /// "Classifier-Free Diffusion Guidance" (2022), eq. 6 with s = 1 + w.
@@ -13,7 +11,7 @@ use crate::check;
 /// Composable Diffusion Models", 2022, eq. 11). Linear, hence the same in every parameterisation.
 ///
 /// The difference of this to the guider's base is added to what earlier stages made, so that it may stand anywhere
-/// among linear stages. Where it rests ([`GuidanceInterval`](crate::GuidanceInterval)), the base remains: by custom
+/// among linear stages. Where it rests (`GuidanceInterval` of controlgen-guidance), the base remains: by custom
 /// the conditional prediction.
 ///
 /// *Cost*: a row a sample for each condition and one for the unconditional prediction, in one call.
@@ -29,7 +27,7 @@ impl ClassifierFreeGuidance {
     /// # Errors
     /// [`Error::Value`] for a scale that is no finite number.
     pub fn new(scale: f64) -> Result<Self> {
-        let scale = check::finite("guidance scale", scale)?;
+        let scale = finite(scale)?;
         Ok(Self { unconditional: Branch::of(0), terms: vec![(Branch::of(1), scale)] })
     }
 
@@ -50,7 +48,7 @@ impl ClassifierFreeGuidance {
         if self.terms.iter().any(|(term, _)| *term == branch) {
             return Err(Error::value("one more condition", "one not yet guided by", condition));
         }
-        self.terms.push((branch, check::finite("guidance scale", scale)?));
+        self.terms.push((branch, finite(scale)?));
         Ok(self)
     }
 }
@@ -78,4 +76,8 @@ impl Guidance for ClassifierFreeGuidance {
         }
         Ok(Guided { prediction: Prediction::combine(&parts)?, ..so_far })
     }
+}
+
+fn finite(scale: f64) -> Result<f64> {
+    if scale.is_finite() { Ok(scale) } else { Err(Error::value("guidance scale", "a finite number", scale)) }
 }

@@ -1,10 +1,11 @@
-//! Reading config.json: every field checked where it enters.
+//! Reading the configuration files of Hugging Face directories: every field checked where it enters.
 
 use std::fmt::Display;
 use std::path::Path;
 
-use controlgen_core::{Error, Result};
 use serde_json::{Map, Value};
+
+use crate::{Error, Result};
 
 /// The fields of a Hugging Face config.json, or of a part of it.
 #[derive(Clone, Debug)]
@@ -137,6 +138,56 @@ impl Config {
         }
     }
 
+    /// A finite number, or `default`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where it is there and is none.
+    pub fn number(&self, field: &str, default: f64) -> Result<f64> {
+        match self.get(field) {
+            None => Ok(default),
+            Some(value) => value
+                .as_f64()
+                .filter(|x| x.is_finite())
+                .ok_or_else(|| self.error(field, "a finite number", value)),
+        }
+    }
+
+    /// A list of integers in `low ..= high`, if the field is there.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where it is no list of such.
+    pub fn ints_if(&self, field: &str, low: i64, high: i64) -> Result<Option<Vec<i64>>> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        let one = |value: &Value| value.as_i64().filter(|n| (low..=high).contains(n));
+        let all = value.as_array().and_then(|values| values.iter().map(one).collect());
+        let expected = || format!("a list of integers in {low} ..= {high}");
+        all.map_or_else(|| Err(self.error(field, expected(), value)), |all| Ok(Some(all)))
+    }
+
+    /// An integer in `low ..= high` for each of `n` blocks, or a list of `n` of them, if the field is there.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where it is neither.
+    pub fn ints_each(&self, field: &str, n: usize, low: i64, high: i64) -> Result<Option<Vec<i64>>> {
+        match self.get(field) {
+            Some(Value::Array(values)) if values.len() != n => {
+                Err(self.error(field, format!("{n} integers, or one"), format!("{} of them", values.len())))
+            }
+            Some(Value::Array(_)) => self.ints_if(field, low, high),
+            _ => Ok(self.int_if(field, low, high)?.map(|one| vec![one; n])),
+        }
+    }
+
+    /// A list of strings, if the field is there.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where it is no list of such.
+    pub fn strs_if(&self, field: &str) -> Result<Option<Vec<&str>>> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        let all = value.as_array().and_then(|values| values.iter().map(Value::as_str).collect());
+        all.map_or_else(|| Err(self.error(field, "a list of strings", value)), |all| Ok(Some(all)))
+    }
+
     /// A token id, or a list of them.
     ///
     /// # Errors
@@ -158,10 +209,10 @@ impl Config {
 }
 
 /// Bounds that no sound model exceeds; they keep products of dimensions far from overflow.
-pub(crate) mod limits {
-    /// Of layers.
+pub mod limits {
+    /// Of layers, and of blocks.
     pub const LAYERS: i64 = 4096;
-    /// Of widths.
+    /// Of widths, and of channels.
     pub const WIDTH: i64 = 1 << 20;
     /// Of heads.
     pub const HEADS: i64 = 1 << 14;
