@@ -41,13 +41,13 @@ pub fn models_of_text(models: &Path, placement: Placement, kind: &'static str) -
     let mut rows = Vec::new();
     for (cached, how) in [(false, "at once"), (true, "token by token")] {
         let check = format!("logits of {} models read {how}", decoders.len());
-        rows.push(worst(check, (placement, kind), &decoders, |folder| {
+        rows.push(worst(&check, (placement, kind), &decoders, |folder| {
             let expected = logits(&*models::open(folder, exact)?, false)?;
             largest_difference(&logits(&*models::open(folder, placement)?, cached)?, &expected)
         })?);
     }
     let check = format!("hidden states of {} encoders", encoders.len());
-    rows.push(worst(check, (placement, kind), &encoders, |folder| {
+    rows.push(worst(&check, (placement, kind), &encoders, |folder| {
         let expected = hidden(&*models::open_encoder(folder, exact)?)?;
         largest_difference(&hidden(&*models::open_encoder(folder, placement)?)?, &expected)
     })?);
@@ -56,7 +56,7 @@ pub fn models_of_text(models: &Path, placement: Placement, kind: &'static str) -
 
 /// The largest difference of all folders, and whose it is.
 fn worst(
-    check: String,
+    check: &str,
     (placement, kind): (Placement, &'static str),
     folders: &[PathBuf],
     off: impl Fn(&Path) -> Result<f64>,
