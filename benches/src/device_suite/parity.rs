@@ -32,22 +32,29 @@ pub fn models_of_text(models: &Path, placement: Placement, kind: &'static str) -
         return Err(Error::value(format!("models in {}", models.display()), "at least one", 0));
     }
     let exact = Placement::new(Device::Cpu, Kind::Double);
-    let (mut encoders, mut decoders) = (Vec::new(), Vec::new());
+    let (mut encoders, mut decoders, mut both) = (Vec::new(), Vec::new(), Vec::new());
     for folder in folders {
         let config = models::Config::open(&folder.join("config.json"))?;
-        let alone = matches!(config.str("model_type")?, Some("bert" | "roberta"));
-        if alone { encoders.push(folder) } else { decoders.push(folder) }
+        match config.str("model_type")? {
+            Some("bert" | "roberta") => encoders.push(folder),
+            Some("t5") => both.push(folder),
+            _ => decoders.push(folder),
+        }
     }
     let mut rows = Vec::new();
-    for (cached, how) in [(false, "at once"), (true, "token by token")] {
-        let check = format!("logits of {} models read {how}", decoders.len());
-        rows.push(worst(&check, (placement, kind), &decoders, |folder| {
-            let expected = logits(&*models::open(folder, exact)?, false)?;
-            largest_difference(&logits(&*models::open(folder, placement)?, cached)?, &expected)
-        })?);
+    let bound = bound(placement.kind);
+    // What an encoder's layers round, a decoder's round again.
+    for (what, folders, bound) in [("models", &decoders, bound), ("encoder–decoders", &both, 2.0 * bound)] {
+        for (cached, how) in [(false, "at once"), (true, "token by token")] {
+            let check = format!("logits of {} {what} read {how}", folders.len());
+            rows.push(worst(&check, (kind, bound), folders, |folder| {
+                let expected = logits(&*models::open(folder, exact)?, false)?;
+                largest_difference(&logits(&*models::open(folder, placement)?, cached)?, &expected)
+            })?);
+        }
     }
     let check = format!("hidden states of {} encoders", encoders.len());
-    rows.push(worst(&check, (placement, kind), &encoders, |folder| {
+    rows.push(worst(&check, (kind, bound), &encoders, |folder| {
         let expected = hidden(&*models::open_encoder(folder, exact)?)?;
         largest_difference(&hidden(&*models::open_encoder(folder, placement)?)?, &expected)
     })?);
@@ -57,7 +64,7 @@ pub fn models_of_text(models: &Path, placement: Placement, kind: &'static str) -
 /// The largest difference of all folders, and whose it is.
 fn worst(
     check: &str,
-    (placement, kind): (Placement, &'static str),
+    (kind, bound): (&'static str, f64),
     folders: &[PathBuf],
     off: impl Fn(&Path) -> Result<f64>,
 ) -> Result<Row> {
@@ -71,7 +78,7 @@ fn worst(
             break;
         }
     }
-    Ok(Row::at_most(format!("{check}, worst: {whose}"), kind, worst, bound(placement.kind)))
+    Ok(Row::at_most(format!("{check}, worst: {whose}"), kind, worst, bound))
 }
 
 /// The largest difference, over the largest number expected.
