@@ -46,6 +46,7 @@
 //! The order is that in the length of the steps, measured on a Gaussian. [`Thresholded`] keeps any sampler's x̂₀ in the
 //! range of pixels. [`Scheduler`] reads diffusers' scheduler_config.json: steps and sampler as they are there.
 
+pub mod image;
 pub mod models;
 mod prompt;
 mod samplers;
