@@ -48,6 +48,7 @@
 
 pub mod image;
 pub mod models;
+pub mod pipelines;
 mod prompt;
 mod samplers;
 mod schedule;
@@ -57,7 +58,7 @@ pub use models::Predicts;
 pub use prompt::{EncodedPrompt, PromptEncoder};
 pub use samplers::{
     Ddim, Ddpm, DpmSolver, DpmSolverType, Euler, EulerAncestral, FlowMatchEuler, Heun, Lcm, Pndm, Predict,
-    Sampler, Threshold, Thresholded, UniPc, UniPcType, Variance, sample,
+    Sampled, Sampler, Threshold, Thresholded, UniPc, UniPcType, Variance, sample, sample_watched,
 };
 pub use schedule::{DiffusionSchedule, SigmaSpacing, Spacing, flow_sigmas, from_strength, steps, steps_at};
 pub use scheduler::Scheduler;
