@@ -34,7 +34,7 @@ impl TextToImage {
     ) -> Result<Images> {
         let watch = run.watch();
         let run = run.sized_as(&from.image)?;
-        let mut job = self.job(prompts.into(), &run)?;
+        let mut job = self.job(&prompts.into(), &run)?;
         self.check_images("image", &from.image, &job)?;
         job.way.steps = from_strength(&job.way.steps, from.strength)?.to_vec();
         let level = job.way.steps[0].level;

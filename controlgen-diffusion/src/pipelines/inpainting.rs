@@ -40,7 +40,7 @@ impl TextToImage {
     ) -> Result<Images> {
         let watch = run.watch();
         let run = run.sized_as(&from.image)?;
-        let mut job = self.job(prompts.into(), &run)?;
+        let mut job = self.job(&prompts.into(), &run)?;
         let [channels, height, width] = job.shape;
         if ![0, channels + 1].contains(&self.beside) {
             let what = format!("inpainting with {} channels beside {channels}", self.beside);

@@ -202,7 +202,7 @@ impl TextToImage {
     /// controls; [`Error::NotFinite`] for a NaN, naming the step.
     pub fn run(&self, prompts: impl Into<Prompts>, mut run: Run<'_>) -> Result<Images> {
         let watch = run.watch();
-        let job = self.job(prompts.into(), &run)?;
+        let job = self.job(&prompts.into(), &run)?;
         if self.beside > 0 {
             let what = format!("a denoiser of {} more channels than its samples", self.beside);
             return Err(Error::unsupported(what, "inpainting with it"));
@@ -217,14 +217,14 @@ impl TextToImage {
     }
 
     /// What all runs begin with: the prompts read, the size and the steps known to be possible.
-    pub(super) fn job<'d>(&'d self, prompts: Prompts, run: &'d Run<'_>) -> Result<Job<'d>> {
+    pub(super) fn job<'d>(&'d self, prompts: &Prompts, run: &'d Run<'_>) -> Result<Job<'d>> {
         let images = prompts.count()?;
         let size = run.size.unwrap_or(self.defaults.size);
         let shape = super::sample_shape(&*self.denoiser, self.autoencoder.as_deref(), size)?;
         let scale = run.guidance_scale.unwrap_or(self.defaults.guidance_scale);
         let way = run.way(&self.scheduler, self.defaults.steps)?;
         let way = run.denoise(&*self.denoiser, way, scale);
-        let (conditions, truncated) = self.conditions(&prompts, size, way.needs_negative())?;
+        let (conditions, truncated) = self.conditions(prompts, size, way.needs_negative())?;
         let parameters = |image: usize| Parameters {
             prompt: Some(prompts.prompt(image).to_owned()),
             negative_prompt: prompts.negative_of(image).map(str::to_owned),
