@@ -1,5 +1,7 @@
 //! Denoisers, autoencoders and encoders, each read from top to bottom in one file. `blocks` is what they share.
 
+mod blocks;
+
 use controlgen_core::Parameterisation;
 
 /// What a denoiser's own config.json does not say: it stands in the scheduler's file, or is known of the pipeline.
