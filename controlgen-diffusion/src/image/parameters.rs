@@ -83,17 +83,13 @@ impl Parameters {
         let (sampler, model) = (text("sampler")?, text("model")?);
         let mut whole = |name: &str| match take(name) {
             None => Ok(None),
-            Some(value) => {
-                value.as_u64().map(Some).ok_or_else(|| wrong(name, "a whole number >= 0", &value))
-            }
+            Some(value) => value.as_u64().map(Some).ok_or_else(|| wrong(name, "a whole number >= 0", &value)),
         };
         let (steps, seed) = (whole("steps")?, whole("seed")?);
         let (height, width) = (whole("height")?, whole("width")?);
         let guidance_scale = match take("guidance_scale") {
             None => None,
-            Some(value) => {
-                Some(value.as_f64().ok_or_else(|| wrong("guidance_scale", "a number", &value))?)
-            }
+            Some(value) => Some(value.as_f64().ok_or_else(|| wrong("guidance_scale", "a number", &value))?),
         };
         Ok(Self { prompt, negative_prompt, steps, guidance_scale, seed, sampler, height, width, model, more })
     }

@@ -99,10 +99,7 @@ fn encode(path: &Path, levels: &Tensor, parameters: Option<&Parameters>) -> Resu
                 .map_err(|error| image_error(path, error))?;
         }
         _ => {
-            return Err(Error::unsupported(
-                format!("an image file of ending `{ending}`"),
-                "png, jpg, jpeg",
-            ));
+            return Err(Error::unsupported(format!("an image file of ending `{ending}`"), "png, jpg, jpeg"));
         }
     }
     Ok(out.into_inner())

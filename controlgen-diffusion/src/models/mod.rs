@@ -1,5 +1,9 @@
 //! Denoisers, autoencoders and encoders, each read from top to bottom in one file. `blocks` is what they share.
 
+mod dit;
+
+pub use dit::{Dit, DitConfig};
+
 use controlgen_core::Parameterisation;
 
 /// What a denoiser's own config.json does not say: it stands in the scheduler's file, or is known of the pipeline.
