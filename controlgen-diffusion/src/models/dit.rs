@@ -13,6 +13,7 @@ use controlgen_core::{
 use tch::{Device, Kind, Tensor};
 
 use super::Predicts;
+use super::blocks::{Scope, Sinusoid, TimestepEmbedding, add, in_place};
 
 /// The values of `_class_name` that this file serves: old directories say `Transformer2DModel`, with a `norm_type` of
 /// `ada_norm_zero`.
@@ -134,6 +135,7 @@ pub struct Dit {
     patches: Conv2d,
     /// `[1, T, D]` for the size that it was trained on.
     positions: Tensor,
+    sinusoid: Sinusoid,
     blocks: Vec<Block>,
     /// Layer norm without gain.
     norm: LayerNorm,
@@ -142,15 +144,14 @@ pub struct Dit {
 }
 
 struct Block {
-    time_in: Linear,
-    time_out: Linear,
+    time: TimestepEmbedding,
     classes: Embedding,
     modulation: Linear,
     norm1: LayerNorm,
     /// Queries, keys and values in one product.
     qkv: Linear,
     attention: SiteId,
-    attention_out: Linear,
+    to_out: Linear,
     attention_branch: SiteId,
     norm3: LayerNorm,
     ff_in: Linear,
@@ -158,66 +159,39 @@ struct Block {
     ff_branch: SiteId,
 }
 
-/// Reads the layers of one scope, and declares their sites.
-struct Loader<'a, 'w> {
-    weights: Weights<'w>,
-    sites: &'a mut SiteMap,
-}
-
-impl Loader<'_, '_> {
-    fn linear(&mut self, name: &str, inputs: i64, outputs: i64) -> Result<Linear> {
-        self.fused(&[name], true, inputs, outputs)
-    }
-
-    /// Products of the same input, each of so many outputs, as one.
-    fn fused(&mut self, names: &[&str], bias: bool, inputs: i64, outputs: i64) -> Result<Linear> {
-        let read = |what: &str, shape: &[i64]| -> Result<Tensor> {
-            let names: Vec<String> = names.iter().map(|name| format!("{name}.{what}")).collect();
-            self.weights.fused(&names.iter().map(|name| (name.as_str(), shape)).collect::<Vec<_>>())
-        };
-        let weight = read("weight", &[outputs, inputs])?;
-        let bias = bias.then(|| read("bias", &[outputs])).transpose()?;
-        let dims = Dims::Linear { inputs, outputs };
-        let parts: Vec<(SiteId, i64)> =
-            names.iter().map(|name| (self.sites.add(self.weights.full(name), dims), outputs)).collect();
-        Linear::new(weight, bias, &parts)
-    }
-
-    fn block(&mut self, c: &DitConfig) -> Result<Block> {
-        let (d, classes) = (c.width(), c.num_embeds_ada_norm + 1);
-        let time_in = self.linear("norm1.emb.timestep_embedder.linear_1", TIME, d)?;
-        let time_out = self.linear("norm1.emb.timestep_embedder.linear_2", d, d)?;
-        let name = "norm1.emb.class_embedder.embedding_table";
-        let table = self.weights.get(&format!("{name}.weight"), &[classes, d])?;
-        let site = self.sites.add(self.weights.full(name), Dims::Embedding { rows: classes, width: d });
-        let modulation = self.linear("norm1.linear", d, 6 * d)?;
-        let qkv = self.fused(&["attn1.to_q", "attn1.to_k", "attn1.to_v"], c.attention_bias, d, d)?;
-        let (h, hidden) = (c.num_attention_heads, Dims::Hidden { width: d });
-        let attention =
-            Dims::Attention { heads: h, kv_heads: h, head_dim: c.attention_head_dim, cross: false };
-        let attention = self.sites.add(self.weights.full("attn1"), attention);
-        let attention_out = self.linear("attn1.to_out.0", d, d)?;
-        let attention_branch = self.sites.add(self.weights.full("attn1"), hidden);
+impl Block {
+    fn load(mut scope: Scope<'_, '_>, c: &DitConfig) -> Result<Self> {
+        let (d, h) = (c.width(), c.num_attention_heads);
+        let mut emb = scope.below("norm1.emb");
+        let time =
+            TimestepEmbedding::load(emb.below("timestep_embedder"), (TIME, d), Activation::Silu, None)?;
+        let classes = emb.embedding("class_embedder.embedding_table", (c.num_embeds_ada_norm + 1, d))?;
+        let modulation = scope.linear("norm1.linear", (d, 6 * d), true)?;
+        let mut attn = scope.below("attn1");
+        let qkv = attn.fused(&["to_q", "to_k", "to_v"], (d, d), c.attention_bias)?;
+        let dims = Dims::Attention { heads: h, kv_heads: h, head_dim: c.attention_head_dim, cross: false };
+        let attention = attn.site("", dims);
+        let to_out = attn.linear("to_out.0", (d, d), true)?;
+        let attention_branch = attn.branch("", d);
         let norm3 = if c.norm_elementwise_affine {
-            let read = |what| self.weights.get(&format!("norm3.{what}"), &[d]);
+            let read = |what| scope.weights().get(&format!("norm3.{what}"), &[d]);
             LayerNorm::new(read("weight")?, Some(read("bias")?), c.norm_eps)
         } else {
-            plain_norm(&table, d, c.norm_eps)?
+            plain_norm(modulation.weight(), d, c.norm_eps)?
         };
-        Ok(Block {
-            time_in,
-            time_out,
-            norm1: plain_norm(&table, d, 1e-6)?,
-            classes: Embedding::new(table, site),
+        Ok(Self {
+            time,
+            classes,
+            norm1: plain_norm(modulation.weight(), d, 1e-6)?,
             modulation,
             qkv,
             attention,
-            attention_out,
+            to_out,
             attention_branch,
             norm3,
-            ff_in: self.linear("ff.net.0.proj", d, 4 * d)?,
-            ff_out: self.linear("ff.net.2", 4 * d, d)?,
-            ff_branch: self.sites.add(self.weights.full("ff"), hidden),
+            ff_in: scope.linear("ff.net.0.proj", (d, 4 * d), true)?,
+            ff_out: scope.linear("ff.net.2", (4 * d, d), true)?,
+            ff_branch: scope.branch("ff", d),
         })
     }
 }
@@ -246,20 +220,15 @@ impl Dit {
             return Err(Error::value("out_channels of a DiT", expected, c.out_channels));
         }
         let (d, p, mut sites) = (c.width(), c.patch_size, SiteMap::new());
-        let name = "pos_embed.proj";
-        let kernel = weights.get(&format!("{name}.weight"), &[d, c.in_channels, p, p])?;
-        let bias = weights.get(&format!("{name}.bias"), &[d])?;
-        let site = sites.add(name, Dims::Conv { inputs: c.in_channels, outputs: d, kernel: [p, p] });
-        let norm = plain_norm(&kernel, d, 1e-6)?;
-        let patches = Conv2d::new(kernel, Some(bias), (p, 0), site)?;
+        let mut root = Scope::new(weights, &mut sites, None);
+        let patches = root.conv("pos_embed.proj", (c.in_channels, d), p, (p, 0))?;
+        let norm = plain_norm(patches.weight(), d, 1e-6)?;
         let mut blocks = Vec::new();
         for i in 0..c.num_layers {
-            let weights = weights.scope(format!("transformer_blocks.{i}"));
-            blocks.push(Loader { weights, sites: &mut sites }.block(&c)?);
+            blocks.push(Block::load(root.below(format!("transformer_blocks.{i}")), &c)?);
         }
-        let mut root = Loader { weights: weights.clone(), sites: &mut sites };
-        let modulation = root.linear("proj_out_1", d, 2 * d)?;
-        let out = root.linear("proj_out_2", d, p * p * c.out_channels)?;
+        let modulation = root.linear("proj_out_1", (d, 2 * d), true)?;
+        let out = root.linear("proj_out_2", (d, p * p * c.out_channels), true)?;
         weights.finish(&["pos_embed.pos_embed"])?; // computed
         let spec = DenoiserSpec {
             architecture: config.str("_class_name")?.unwrap_or(CLASS_NAMES[0]).to_owned(),
@@ -272,8 +241,9 @@ impl Dit {
         };
         let side = c.sample_size.div_euclid(p);
         let positions = positions(d, [side, side], side, placement)?;
+        let sinusoid = Sinusoid::new(TIME, true, 1.0, placement.device)?;
         let (config, sites) = (Arc::new(c), Arc::new(sites));
-        Ok(Self { config, spec, sites, patches, positions, blocks, norm, modulation, out })
+        Ok(Self { config, spec, sites, patches, positions, sinusoid, blocks, norm, modulation, out })
     }
 
     /// Its dimensions.
@@ -290,6 +260,7 @@ impl Dit {
             sites: Arc::clone(&self.sites),
             patches: self.patches.handle(),
             positions: self.positions.shallow_clone(),
+            sinusoid: self.sinusoid.handle(),
             blocks: self.blocks.iter().map(Block::share).collect(),
             norm: self.norm.handle(),
             modulation: self.modulation.handle(),
@@ -320,7 +291,7 @@ impl Dit {
         } else {
             x.f_add(&positions(c.width(), grid, side, self.spec.placement)?)?
         };
-        let t = sinusoid(t)?.f_to_kind(x.f_kind()?)?; // (B, 256)
+        let t = self.sinusoid.forward(t)?; // (B, 256)
         let mut first = None;
         for (i, block) in self.blocks.iter().enumerate() {
             let emb = block.embedding(&t, &classes.f_select(1, i as i64)?, pass)?;
@@ -339,12 +310,11 @@ impl Dit {
 impl Block {
     fn share(&self) -> Self {
         Self {
-            time_in: self.time_in.handle(),
-            time_out: self.time_out.handle(),
+            time: self.time.handle(),
             classes: self.classes.handle(),
             modulation: self.modulation.handle(),
             qkv: self.qkv.handle(),
-            attention_out: self.attention_out.handle(),
+            to_out: self.to_out.handle(),
             norm1: self.norm1.handle(),
             norm3: self.norm3.handle(),
             ff_in: self.ff_in.handle(),
@@ -355,12 +325,11 @@ impl Block {
 
     fn map(&self, f: WeightMap<'_>) -> Result<Self> {
         Ok(Self {
-            time_in: self.time_in.map_weights(f)?,
-            time_out: self.time_out.map_weights(f)?,
+            time: self.time.map_weights(f)?,
             classes: self.classes.map_weights(f)?,
             modulation: self.modulation.map_weights(f)?,
             qkv: self.qkv.map_weights(f)?,
-            attention_out: self.attention_out.map_weights(f)?,
+            to_out: self.to_out.map_weights(f)?,
             ff_in: self.ff_in.map_weights(f)?,
             ff_out: self.ff_out.map_weights(f)?,
             ..self.share()
@@ -369,8 +338,7 @@ impl Block {
 
     /// silu(timestep + class): of the sinusoid `[B, 256]` and the class `[B, D]`, `[B, D]`.
     fn embedding(&self, t: &Tensor, class: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        let t = self.time_out.forward(&self.time_in.forward(t, pass)?.f_silu()?, pass)?;
-        Ok(t.f_add(class)?.f_silu()?)
+        Ok(self.time.forward(t, pass)?.f_add(class)?.f_silu()?)
     }
 
     /// `[B, T, D] → [B, T, D]`, with the embedding `[B, D]`.
@@ -387,13 +355,14 @@ impl Block {
         let part = |n| qkv.f_select(2, n)?.f_transpose(1, 2); // (B, H, T, hd)
         let attn = Attn { q: part(0)?, k: part(1)?, v: part(2)?, mask: Mask::Full, scale: None };
         let y = pass.attention(self.attention, attn)?.f_transpose(1, 2)?.f_reshape([b, t, d])?;
-        let y = self.attention_out.forward(&y, pass)?.f_mul(gate_attention)?;
-        let x = x.f_add(&pass.hidden(self.attention_branch, y, &x)?)?;
+        let y = gated(self.to_out.forward(&y, pass)?, gate_attention, pass)?;
+        let x = add(pass.hidden(self.attention_branch, y, &x)?, &x, pass)?;
 
         let y = modulate(&self.norm3.forward(&x)?, shift_ff, scale_ff)?;
-        let y = c.activation.forward(&self.ff_in.forward(&y, pass)?)?;
-        let y = self.ff_out.forward(&y, pass)?.f_mul(gate_ff)?;
-        Ok(x.f_add(&pass.hidden(self.ff_branch, y, &x)?)?)
+        let y = self.ff_in.forward(&y, pass)?; // (B, T, 4 D)
+        let y = if in_place(pass) { c.activation.consume(y)? } else { c.activation.forward(&y)? };
+        let y = gated(self.ff_out.forward(&y, pass)?, gate_ff, pass)?;
+        add(pass.hidden(self.ff_branch, y, &x)?, &x, pass)
     }
 }
 
@@ -402,13 +371,9 @@ fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
     Ok(shift.f_addcmul(x, &scale.f_add_scalar(1.0)?)?)
 }
 
-/// cos(t ωᵢ), then sin(t ωᵢ), with ωᵢ = 10000^(−i / 127), in f32: `[B] → [B, 256]`.
-fn sinusoid(t: &Tensor) -> Result<Tensor> {
-    let half = TIME.div_euclid(2);
-    let i = Tensor::f_arange(half, (Kind::Float, t.device()))?;
-    let omega = i.f_mul_scalar(-(10000f64.ln()))?.f_div_scalar((half - 1) as f64)?.f_exp()?;
-    let angle = t.f_to_kind(Kind::Float)?.f_unsqueeze(1)?.f_mul(&omega)?;
-    Ok(Tensor::f_cat(&[angle.f_cos()?, angle.f_sin()?], 1)?)
+/// A branch times its gate, in the place of a layer's output where that may be overwritten.
+fn gated(mut y: Tensor, gate: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+    Ok(if in_place(pass) { y.f_mul_(gate)? } else { y.f_mul(gate)? })
 }
 
 /// Sines and cosines of where a patch stands, its column in the first half and its row in the second, with frequencies

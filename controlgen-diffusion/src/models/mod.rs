@@ -1,5 +1,6 @@
 //! Denoisers, autoencoders and encoders, each read from top to bottom in one file. `blocks` is what they share.
 
+mod blocks;
 mod dit;
 
 pub use dit::{Dit, DitConfig};
