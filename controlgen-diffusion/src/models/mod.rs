@@ -2,10 +2,12 @@
 
 mod blocks;
 mod conditions;
+mod dit;
 mod unet_2d;
 mod unet_2d_condition;
 
 pub use blocks::{Attends, BlockConfig, LevelConfig, Resample, TextNorm, TimeNorm, UNetConfig};
+pub use dit::{Dit, DitConfig};
 pub use unet_2d::{ClassEmbedding, UNet2d, UNet2dConfig};
 pub use unet_2d_condition::{AddedEmbedding, ClassLabels, UNet2dCondition, UNet2dConditionConfig};
 

@@ -110,9 +110,7 @@ impl Directory {
 
 mod models {
     use super::*;
-    pub(super) fn open_denoiser(_: &Path, _: Predicts, _: Placement) -> Result<Box<dyn Denoiser>> {
-        Err(Error::unsupported("models", "none"))
-    }
+    pub(super) use crate::models::open_denoiser;
     pub(super) fn open_autoencoder(_: &Path, _: Placement) -> Result<Box<dyn Autoencoder>> {
         Err(Error::unsupported("models", "none"))
     }
