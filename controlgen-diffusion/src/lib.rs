@@ -47,7 +47,7 @@
 //! range of pixels. [`Scheduler`] reads diffusers' scheduler_config.json: steps and sampler as they are there.
 
 pub mod models;
-mod prompt;
+pub mod prompt;
 mod samplers;
 mod schedule;
 mod scheduler;
