@@ -272,8 +272,8 @@ def prompts():
 
     logging.set_verbosity_error()
 
-    one = CLIPTextModel.from_pretrained(FIXTURES / "text_legacy").eval()
-    two = CLIPTextModelWithProjection.from_pretrained(FIXTURES / "text_projection").eval()
+    one = CLIPTextModel.from_pretrained(FIXTURES / "text_legacy", dtype=torch.float32).eval()
+    two = CLIPTextModelWithProjection.from_pretrained(FIXTURES / "text_projection", dtype=torch.float32).eval()
     # diffusers 0.42 looks for the final norm where transformers 4 had it.
     object.__setattr__(one, "text_model", one)
     first = CLIPTokenizer.from_pretrained(FIXTURES / "tokenizer_sd1")

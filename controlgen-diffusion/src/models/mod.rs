@@ -1,17 +1,65 @@
 //! Denoisers, autoencoders and encoders, each read from top to bottom in one file. `blocks` is what they share.
 
+mod blocks;
 mod clip;
 mod clip_text;
 mod clip_vision;
+mod conditions;
+mod dit;
+mod unet_2d;
+mod unet_2d_condition;
+
+pub use blocks::{Attends, BlockConfig, LevelConfig, Resample, TextNorm, TimeNorm, UNetConfig};
+pub use clip::ClipBlocks;
+pub use clip_text::{ClipLayer, ClipText, ClipTextConfig, ClipTextInput};
+pub use clip_vision::{ClipVision, ClipVisionConfig};
+pub use dit::{Dit, DitConfig};
+pub use unet_2d::{ClassEmbedding, UNet2d, UNet2dConfig};
+pub use unet_2d_condition::{AddedEmbedding, ClassLabels, UNet2dCondition, UNet2dConditionConfig};
 
 use std::path::Path;
 
 use controlgen_core::checkpoint::{Safetensors, TensorSource, Weights};
-use controlgen_core::{Config, Encoder, Error, Parameterisation, Placement, Result};
+use controlgen_core::config::Config;
+use controlgen_core::{Denoiser, Encoder, Error, Parameterisation, Placement, Result};
 
-pub use clip::ClipBlocks;
-pub use clip_text::{ClipLayer, ClipText, ClipTextConfig, ClipTextInput};
-pub use clip_vision::{ClipVision, ClipVisionConfig};
+/// Opens the denoiser of a diffusers directory: config.json, and diffusion_pytorch_model.safetensors or its shards.
+///
+/// # Errors
+/// [`Error::Unsupported`] for a class that is not known, naming those that are; [`Error::Config`], [`Error::Keys`],
+/// [`Error::Shape`], [`Error::Format`], [`Error::Io`] for what is wrong with the files.
+pub fn open_denoiser(
+    directory: &Path,
+    predicts: Predicts,
+    placement: Placement,
+) -> Result<Box<dyn Denoiser>> {
+    let config = Config::open(&directory.join("config.json"))?;
+    load_denoiser(&config, &Safetensors::open(directory)?, predicts, placement)
+}
+
+/// Loads the denoiser that `config` describes from `source`.
+///
+/// # Errors
+/// As [`open_denoiser`].
+pub fn load_denoiser(
+    config: &Config,
+    source: &dyn TensorSource,
+    predicts: Predicts,
+    placement: Placement,
+) -> Result<Box<dyn Denoiser>> {
+    let known = [unet_2d::CLASS_NAME, unet_2d_condition::CLASS_NAME];
+    let class = config
+        .str("_class_name")?
+        .ok_or_else(|| config.error("_class_name", format!("one of {}", known.join(", ")), "nothing"))?;
+    let weights = Weights::new(source, placement.options());
+    Ok(match class {
+        unet_2d::CLASS_NAME => Box::new(UNet2d::load(config, &weights, predicts, placement)?),
+        unet_2d_condition::CLASS_NAME => {
+            Box::new(UNet2dCondition::load(config, &weights, predicts, placement)?)
+        }
+        other => return Err(Error::unsupported(format!("the denoiser class `{other}`"), known.join(", "))),
+    })
+}
 
 /// What a denoiser's own config.json does not say: it stands in the scheduler's file, or is known of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -36,6 +36,7 @@ pub struct Scheduler {
     table: Option<DiffusionSchedule>,
     grid: Grid,
     parameterisation: Parameterisation,
+    learned_variance: bool,
     sampler: Box<dyn Sampler>,
     /// Of classes that keep samples as x/α: whether they begin with σ · noise.
     scales: Option<bool>,
@@ -80,7 +81,7 @@ impl Scheduler {
         let Some(&class) = Self::CLASSES.iter().find(|class| **class == named) else {
             return Err(Error::unsupported(format!("scheduler `{named}`"), Self::CLASSES.join(", ")));
         };
-        match class {
+        let scheduler = match class {
             "DDPMScheduler" => ddpm(class, &fields),
             "DDIMScheduler" => ddim(class, &fields),
             "PNDMScheduler" => pndm(class, &fields),
@@ -89,7 +90,10 @@ impl Scheduler {
             "UniPCMultistepScheduler" => unipc(class, &fields),
             "FlowMatchEulerDiscreteScheduler" => flow_match(class, &fields),
             _ => k_diffusion(class, &fields),
-        }
+        }?;
+        // Solvers that do not use the variance cut it off all the same.
+        let learned_variance = fields.text("variance_type", "")?.starts_with("learned");
+        Ok(Self { learned_variance, ..scheduler })
     }
 
     /// The name of diffusers' class.
@@ -105,6 +109,26 @@ impl Scheduler {
     /// What the model predicts: `prediction_type`.
     pub fn parameterisation(&self) -> Parameterisation {
         self.parameterisation
+    }
+
+    /// Another handle.
+    #[must_use]
+    pub fn handle(&self) -> Self {
+        Self {
+            class: self.class,
+            table: self.table.clone(),
+            grid: self.grid.clone(),
+            parameterisation: self.parameterisation,
+            learned_variance: self.learned_variance,
+            sampler: (*self.sampler).handle(),
+            scales: self.scales,
+            ddim: self.ddim,
+        }
+    }
+
+    /// Whether the variance of a step is half of what the model puts out: `variance_type` `learned_range`.
+    pub fn learned_variance(&self) -> bool {
+        self.learned_variance
     }
 
     /// With this η of DDIM, which diffusers takes with each step; 0 unless it is said.
@@ -214,6 +238,7 @@ fn ddpm(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         grid: Grid::Whole { spacing: spacing(fields, "leading")?, last: NoiseLevel::CLEAN },
         parameterisation: parameterisation(fields, false)?,
         sampler: within(Ddpm::new(variance).with_noise_at_end(), threshold(fields, true)?),
+        learned_variance: false,
         scales: None,
         ddim: None,
     })
@@ -231,6 +256,7 @@ fn ddim(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         grid: Grid::Stride { spacing: spacing(fields, "leading")?, last },
         parameterisation: parameterisation(fields, false)?,
         sampler: Box::new(ddim),
+        learned_variance: false,
         scales: None,
         ddim: Some(ddim),
     })
@@ -249,6 +275,7 @@ fn pndm(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         grid: Grid::Whole { spacing: spacing(fields, "leading")?, last },
         parameterisation: parameterisation(fields, false)?,
         sampler: Box::new(Pndm::default().with_means_of_v()),
+        learned_variance: false,
         scales: None,
         ddim: None,
     })
@@ -264,6 +291,7 @@ fn lcm(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         table: Some(table),
         parameterisation: parameterisation(fields, false)?,
         sampler: within(lcm, threshold(fields, false)?),
+        learned_variance: false,
         scales: None,
         ddim: None,
     })
@@ -317,6 +345,7 @@ fn k_diffusion(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         grid: Grid::Sigmas(sigmas),
         parameterisation,
         sampler,
+        learned_variance: false,
         scales: Some(!matches!(spacing, Spacing::Leading { .. })),
         ddim: None,
     })
@@ -395,6 +424,7 @@ fn dpm_solver(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         table: Some(table),
         parameterisation: parameterisation(fields, true)?,
         sampler: within(solver, solver_threshold(fields)?),
+        learned_variance: false,
         scales: None,
         ddim: None,
     })
@@ -425,6 +455,7 @@ fn unipc(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         table: Some(table),
         parameterisation: parameterisation(fields, true)?,
         sampler: within(unipc, solver_threshold(fields)?),
+        learned_variance: false,
         scales: None,
         ddim: None,
     })
@@ -448,6 +479,7 @@ fn flow_match(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         grid: Grid::Flow(flow),
         parameterisation: Parameterisation::Velocity,
         sampler: Box::new(euler),
+        learned_variance: false,
         scales: None,
         ddim: None,
     })
