@@ -49,7 +49,7 @@
 pub mod image;
 pub mod models;
 pub mod pipelines;
-mod prompt;
+pub mod prompt;
 mod samplers;
 mod schedule;
 mod scheduler;
