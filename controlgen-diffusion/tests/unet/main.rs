@@ -1,0 +1,5 @@
+//! UNets against diffusers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod parity;
+mod support;

@@ -1,0 +1,1 @@
+//! Text is read once.
