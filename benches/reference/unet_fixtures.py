@@ -2,8 +2,9 @@
 
     python unet_fixtures.py [NAME ...]
 
-writes controlgen-diffusion/tests/fixtures/NAME/{config.json, diffusion_pytorch_model.safetensors, cases.safetensors}.
-See README.md beside this file.
+writes controlgen-diffusion/tests/fixtures/NAME/{config.json, diffusion_pytorch_model.safetensors, cases.safetensors};
+and, by the name of lora_unet, controlgen-peft/tests/fixtures/lora_unet, an adapter that peft wrote for one of them and
+what is predicted under it. See README.md beside this file.
 
 The script refuses to write a fixture in which the model computed in f32 is further than AGREE from the same in f64, or
 in which an input makes no difference of SENSITIVE.
@@ -17,6 +18,8 @@ from common import ROOT, fail, save_cases
 import diffusers
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 AGREE, SENSITIVE = 2e-5, 1e-3
 FIXTURES = ROOT / "controlgen-diffusion" / "tests" / "fixtures"
@@ -176,7 +179,32 @@ def make(name: str) -> None:
     print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, {size >> 10} kB, f64 − f32 {distance:.1e}")
 
 
-for chosen in sys.argv[1:] or MODELS:
-    if chosen not in MODELS:
-        fail(f"{chosen}: expected one of {', '.join(MODELS)}")
-    make(chosen)
+def make_lora(name: str) -> None:
+    base = FIXTURES / "unet_sd1"
+    model = UNet2DConditionModel.from_pretrained(base, torch_dtype=torch.float32)
+    cases = load_file(base / "cases.safetensors")
+    output = cases.pop("output")
+    adapted = get_peft_model(model, LoraConfig(
+        r=2, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+    ))
+    generator = torch.Generator().manual_seed(7900)
+    with torch.no_grad():
+        for key, parameter in adapted.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        found = adapted(**cases).sample
+    if (found - output).abs().max() < 0.1:
+        fail(f"{name}: the adapter makes no difference")
+    folder = ROOT / "controlgen-peft" / "tests" / "fixtures" / name
+    if folder.exists():
+        shutil.rmtree(folder)
+    adapted.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    save_cases(folder / "cases.safetensors", {"output": found}, f"unet_sd1; diffusers {diffusers.__version__}")
+
+
+MAKERS = {**{name: make for name in MODELS}, "lora_unet": make_lora}
+for chosen in sys.argv[1:] or MAKERS:
+    if chosen not in MAKERS:
+        fail(f"{chosen}: expected one of {', '.join(MAKERS)}")
+    MAKERS[chosen](chosen)

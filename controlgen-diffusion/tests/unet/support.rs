@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use controlgen_core::checkpoint::{Safetensors, TensorSource};
-use controlgen_core::config::Config;
 use controlgen_core::{Condition, Denoiser, Parameterisation, Placement};
 use controlgen_diffusion::Predicts;
 use controlgen_diffusion::models::open_denoiser;
@@ -26,10 +25,6 @@ pub const MODELS: [(&str, bool); 11] = [
 
 pub fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
-
-pub fn config(name: &str) -> Config {
-    Config::open(&folder(name).join("config.json")).unwrap()
 }
 
 pub fn predicts(learned_variance: bool) -> Predicts {
