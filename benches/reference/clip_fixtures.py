@@ -299,6 +299,8 @@ def prompts():
                 f"xl.{key}": found, f"xl.{key}.pooled": pooled, f"xl.{key}.empty.pooled": empty_pooled,
                 f"xl.{key}.empty": empty,
             })
+    # Of negative prompts diffusers skips nothing.
+    cases = {k: v for k, v in cases.items() if "skip.empty" not in k}
     # Every seventh position is enough.
     cases = {k: v[:, ::7] if v.ndim == 3 else v for k, v in cases.items()}
     save_cases(FIXTURES / "prompts.safetensors", cases, "prompts by diffusers")

@@ -107,7 +107,8 @@ impl ClipPrompt {
         Self { layer, ..self }
     }
 
-    /// diffusers' `clip_skip`: without the last `n` blocks, but through the final norm.
+    /// diffusers' `clip_skip`: without the last `n` blocks, but through the final norm. It is so for negative prompts too,
+    /// where diffusers reads the last block's states.
     #[must_use]
     pub fn with_clip_skip(self, n: usize) -> Self {
         self.with_layer(ClipLayer { before_last: n, norm: true })
@@ -290,7 +291,7 @@ impl ClipPairPrompt {
         Self { first: f(self.first), second: f(self.second) }
     }
 
-    /// diffusers' `clip_skip`, which counts from the penultimate states on.
+    /// diffusers' `clip_skip`, which counts from the penultimate states on; of negative prompts too, unlike there.
     #[must_use]
     pub fn with_clip_skip(self, n: usize) -> Self {
         self.both(|prompt| prompt.with_layer(ClipLayer { before_last: n + 1, norm: false }))
