@@ -13,8 +13,9 @@ use super::directory::Directory;
 use super::images::{Images, Made};
 use super::prompts::Prompts;
 use super::run::{Run, Seeds};
+use crate::Scheduler;
 use crate::image::Parameters;
-use crate::{EncodedPrompt, PromptEncoder, Scheduler};
+use crate::prompt::{ClipPairPrompt, ClipPrompt, EncodedPrompt, PromptEncoder};
 
 /// What a pipeline does where a run does not say.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -67,7 +68,8 @@ impl TextToImage {
     /// [`Error::Io`], [`Error::Format`]; [`Error::Unsupported`] for a pipeline, scheduler or model that is not known,
     /// naming those that are; [`Error::Keys`], naming all components that are missing; the components' own.
     pub fn open(path: impl AsRef<Path>, placement: Placement) -> Result<Self> {
-        let directory = Directory::open(path.as_ref(), &CLASSES)?;
+        let path = path.as_ref();
+        let directory = Directory::open(path, &CLASSES)?;
         let xl = directory.class().starts_with("StableDiffusionXL");
         directory.require(&["unet", "scheduler", "vae", "tokenizer", "text_encoder"])?;
         if xl {
@@ -75,7 +77,11 @@ impl TextToImage {
         }
         let scheduler = directory.scheduler()?;
         let denoiser = directory.denoiser("unet", &scheduler, placement)?;
-        let prompts = prompts(&directory, xl, placement)?;
+        let prompts: Box<dyn PromptEncoder> = if xl {
+            Box::new(ClipPairPrompt::open(path, placement)?)
+        } else {
+            Box::new(ClipPrompt::open(path, placement)?)
+        };
         let taken = directory.config("unet")?.int("in_channels", 1, i64::MAX)?;
         let beside = taken - denoiser.spec().channels;
         let mut pipeline = Self::new(denoiser, scheduler, Some(directory.autoencoder(placement)?), prompts)?;
@@ -133,6 +139,12 @@ impl TextToImage {
     pub fn with_autoencoder(self, autoencoder: Box<dyn Autoencoder>) -> Result<Self> {
         super::default_size(&*self.denoiser, Some(&*autoencoder))?;
         Ok(Self { autoencoder: Some(autoencoder), ..self })
+    }
+
+    /// With another encoder of prompts: the same that reads weights of words, for one.
+    #[must_use]
+    pub fn with_prompts(self, prompts: Box<dyn PromptEncoder>) -> Self {
+        Self { prompts, ..self }
     }
 
     /// With another denoiser: the same with merged weights, for one.
@@ -339,9 +351,4 @@ impl ImageSampler for TextToImage {
         let images = self.run(requests, Run::new().seeds(seeds))?;
         images.pixels.map(Image).ok_or_else(|| Error::value("pixels of a run", "some", "none"))
     }
-}
-
-/// What encodes prompts: one CLIP, or the two of SDXL.
-fn prompts(_directory: &Directory, _xl: bool, _placement: Placement) -> Result<Box<dyn PromptEncoder>> {
-    Err(Error::unsupported("prompts", "none"))
 }
