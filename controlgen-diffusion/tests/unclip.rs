@@ -9,6 +9,7 @@ use controlgen_core::testing::contract;
 use controlgen_core::{Condition, Config, Denoiser, Error, Parameterisation, Pass, Placement};
 use controlgen_diffusion::Predicts;
 use controlgen_diffusion::models::{PriorTransformer, UnClipTextProj, open_denoiser};
+use controlgen_diffusion::pipelines::{Prompts, Run, Seeds, UnClip};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
@@ -137,4 +138,51 @@ fn projections_are_diffusers() {
     });
     let other = mapped.unwrap().forward(None, text, states, &pass).unwrap();
     assert!(offered == 8 && far(&other.class_labels, &cases["labels"]) > 1e-2);
+}
+
+fn karlo() -> UnClip {
+    UnClip::open(fixture("unclip"), Placement::CPU).unwrap().with_prior(5, 4.0).with_super_resolution(3)
+}
+
+fn prompts() -> Prompts {
+    Prompts::new(["a painting of a cat", "a castle on the hill at sunset"]).images(2)
+}
+
+#[test]
+fn pipelines_are_diffusers() {
+    let cases = tensors(fixture("unclip/cases.safetensors"));
+    let run = || Run::new().steps(4).seeds(Seeds::Torch(33));
+    let embeddings = karlo().embeddings(prompts(), run()).unwrap();
+    let images = karlo().share().run(prompts(), run()).unwrap();
+    let pixels = images.pixels.unwrap() * 0.5 + 0.5;
+    // diffusers' tables in f32 multiply what is predicted in the last step by 1.0016: with tables of f64 it does not.
+    for (of, limits) in [("exact.", [1e-4, 1e-3]), ("", [1e-2, 1e-3])] {
+        for (name, found, limit) in
+            [("image_embeddings", &embeddings, limits[0]), ("images", &pixels, limits[1])]
+        {
+            let d = far(found, &cases[&format!("{of}{name}")]);
+            println!("{of}{name}: {d:.1e}");
+            assert!(d < limit, "{of}{name}: {d}");
+        }
+    }
+    assert_eq!((images.finished, images.truncated.len()), (4, 4));
+    assert_eq!(images.parameters[3].prompt.as_deref(), Some("a castle on the hill at sunset"));
+}
+
+#[test]
+fn pipelines_refuse_and_stop() {
+    let pipeline = karlo();
+    assert!(matches!(pipeline.run("a cat", Run::new().size(8, 8)), Err(Error::Unsupported { .. })));
+    assert!(matches!(pipeline.run(Prompts::new([""; 0]), Run::new()), Err(Error::Value { .. })));
+    let token = controlgen_core::progress::CancelToken::new();
+    token.cancel();
+    let images = pipeline.run(prompts(), Run::new().cancel(&token)).unwrap();
+    assert_eq!(images.latents.size(), [4, 3, 16, 16]);
+    // What is to be avoided, and images one by one.
+    let run = || Run::new().steps(3).seed(4);
+    let all = pipeline.run(prompts(), run()).unwrap().latents;
+    let each = pipeline.run(prompts(), run().batch(1)).unwrap().latents;
+    let away = pipeline.run(prompts().negative("a cat"), run()).unwrap().latents;
+    assert!(far(&all, &each) < 1e-3 && far(&all, &away) > 1e-3);
+    assert!(matches!(UnClip::open(fixture("cascade/first"), Placement::CPU), Err(Error::Unsupported { .. })));
 }

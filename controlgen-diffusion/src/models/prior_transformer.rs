@@ -1,9 +1,10 @@
 //! The prior of unCLIP: from the embedding of a text to that of an image (Ramesh et al., "Hierarchical Text-Conditional
 //! Image Generation with CLIP Latents", 2022, section 2.2).
 
+use std::path::Path;
 use std::sync::Arc;
 
-use controlgen_core::checkpoint::Weights;
+use controlgen_core::checkpoint::{Safetensors, Weights};
 use controlgen_core::config::{Config, limits};
 use controlgen_core::layers::{Activation, LayerNorm, Linear};
 use controlgen_core::{
@@ -221,6 +222,17 @@ impl Block {
 }
 
 impl PriorTransformer {
+    /// Opens a component's directory: config.json and diffusion_pytorch_model.safetensors.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Format`]; those of [`Self::load`].
+    pub fn open(directory: impl AsRef<Path>, predicts: Predicts, placement: Placement) -> Result<Self> {
+        let directory = directory.as_ref();
+        let config = Config::open(&directory.join("config.json"))?;
+        let source = Safetensors::open(directory)?;
+        Self::load(&config, &Weights::new(&source, placement.options()), predicts, placement)
+    }
+
     /// Loads the weights that config.json describes.
     ///
     /// # Errors
