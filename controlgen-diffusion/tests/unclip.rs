@@ -155,11 +155,9 @@ fn pipelines_are_diffusers() {
     let embeddings = karlo().embeddings(prompts(), run()).unwrap();
     let images = karlo().share().run(prompts(), run()).unwrap();
     let pixels = images.pixels.unwrap() * 0.5 + 0.5;
-    // diffusers' tables in f32 multiply what is predicted in the last step by 1.0016: with tables of f64 it does not.
-    for (of, limits) in [("exact.", [1e-4, 1e-3]), ("", [1e-2, 1e-3])] {
-        for (name, found, limit) in
-            [("image_embeddings", &embeddings, limits[0]), ("images", &pixels, limits[1])]
-        {
+    // diffusers with tables in f64, and as it is: its tables in f32 multiply what is predicted in the last step by 1.0016.
+    for (of, limit) in [("exact.", 1e-4), ("", 2.5e-3)] {
+        for (name, found) in [("image_embeddings", &embeddings), ("images", &pixels)] {
             let d = far(found, &cases[&format!("{of}{name}")]);
             println!("{of}{name}: {d:.1e}");
             assert!(d < limit, "{of}{name}: {d}");
