@@ -34,12 +34,12 @@ fn config(name: &str) -> Config {
 }
 
 fn text(name: &str) -> ClipText {
-    let source = Safetensors::open(&fixture(name)).unwrap();
+    let source = Safetensors::open(fixture(name)).unwrap();
     ClipText::load(&config(name), &Weights::new(&source, Placement::CPU.options()), Placement::CPU).unwrap()
 }
 
 fn vision(name: &str) -> ClipVision {
-    let source = Safetensors::open(&fixture(name)).unwrap();
+    let source = Safetensors::open(fixture(name)).unwrap();
     ClipVision::load(&config(name), &Weights::new(&source, Placement::CPU.options()), Placement::CPU).unwrap()
 }
 
@@ -125,7 +125,7 @@ fn text_encoders_keep_the_contract() {
         fields.insert("eos_token_id".into(), json!(1));
         let config = Config::from_fields(name, fields);
         let encoder =
-            load_encoder(&config, &Safetensors::open(&fixture(name)).unwrap(), Placement::CPU).unwrap();
+            load_encoder(&config, &Safetensors::open(fixture(name)).unwrap(), Placement::CPU).unwrap();
         contract::encoder(&*encoder).unwrap_or_else(|violation| panic!("{name}: {violation}"));
     }
 }
@@ -146,7 +146,7 @@ fn what_makes_no_sense_is_refused() {
     let found = encoder.forward(ClipTextInput { ends: Some(&said), ..last }, &Pass::default()).unwrap();
     assert!(found.pooled.unwrap().equal(&found.hidden.select(1, 1)));
     let other = Config::from_fields("x", json!({"model_type": "bert"}).as_object().unwrap().clone());
-    let source = Safetensors::open(&fixture("text")).unwrap();
+    let source = Safetensors::open(fixture("text")).unwrap();
     assert!(matches!(load_encoder(&other, &source, Placement::CPU), Err(Error::Unsupported { .. })));
     assert!(matches!(open_encoder(&fixture("nowhere"), Placement::CPU), Err(Error::Io { .. })));
     // A model that should project, without the projection.

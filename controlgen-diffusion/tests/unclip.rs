@@ -35,7 +35,7 @@ fn prior_with(
     let text = std::fs::read_to_string(fixture(name).join("config.json")).unwrap();
     let mut fields: serde_json::Map<String, Value> = serde_json::from_str(&text).unwrap();
     change(&mut fields);
-    let source = Safetensors::open(&fixture(name)).unwrap();
+    let source = Safetensors::open(fixture(name)).unwrap();
     let weights = Weights::new(&source, Placement::CPU.options());
     PriorTransformer::load(&Config::from_fields(name, fields), &weights, PREDICTS, Placement::CPU)
 }
