@@ -63,6 +63,12 @@ impl ClassConditional {
         Ok(Self { denoiser, scheduler, autoencoder, labels: Vec::new(), name: None })
     }
 
+    /// With another scheduler.
+    #[must_use]
+    pub fn with_scheduler(self, scheduler: Scheduler) -> Self {
+        Self { scheduler, ..self }
+    }
+
     /// Another handle over the same weights.
     #[must_use]
     pub fn share(&self) -> Self {

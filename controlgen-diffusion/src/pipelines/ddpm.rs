@@ -40,6 +40,12 @@ impl DdpmPipeline {
         Self { denoiser, scheduler, name: None }
     }
 
+    /// With another scheduler.
+    #[must_use]
+    pub fn with_scheduler(self, scheduler: Scheduler) -> Self {
+        Self { scheduler, ..self }
+    }
+
     /// Another handle over the same weights.
     #[must_use]
     pub fn share(&self) -> Self {

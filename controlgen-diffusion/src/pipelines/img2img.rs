@@ -35,6 +35,7 @@ impl TextToImage {
         let watch = run.watch();
         let run = run.sized_as(&from.image)?;
         let mut job = self.job(&prompts.into(), &run)?;
+        self.refuse_beside()?;
         self.check_images("image", &from.image, &job)?;
         job.way.steps = from_strength(&job.way.steps, from.strength)?.to_vec();
         let level = job.way.steps[0].level;

@@ -215,10 +215,7 @@ impl TextToImage {
     pub fn run(&self, prompts: impl Into<Prompts>, mut run: Run<'_>) -> Result<Images> {
         let watch = run.watch();
         let job = self.job(&prompts.into(), &run)?;
-        if self.beside > 0 {
-            let what = format!("a denoiser of {} more channels than its samples", self.beside);
-            return Err(Error::unsupported(what, "inpainting with it"));
-        }
+        self.refuse_beside()?;
         let deviation = self.scheduler.initial_deviation(&job.way.steps);
         let made = watch.batches(&run, job.images, job.way.steps.len(), |batch| {
             let x = job.noise(batch, &run)?.f_mul_scalar(deviation)?;
@@ -226,6 +223,15 @@ impl TextToImage {
             Made::new(batch, x, self.autoencoder.as_deref(), run.decode)
         })?;
         job.done(&made)
+    }
+
+    /// Refuses a denoiser that takes more than its samples.
+    pub(super) fn refuse_beside(&self) -> Result<()> {
+        if self.beside == 0 {
+            return Ok(());
+        }
+        let what = format!("a denoiser of {} more channels than its samples", self.beside);
+        Err(Error::unsupported(what, "inpainting with it"))
     }
 
     /// What all runs begin with: the prompts read, the size and the steps known to be possible.
