@@ -1,11 +1,13 @@
 """A random small cascade (DeepFloyd IF, stages I and II) and the images that diffusers makes with it.
 
-    python cascade_fixtures.py
+    python cascade_fixtures.py [images | prompts]
 
-writes controlgen-diffusion/tests/fixtures/cascade/: a directory a stage, and `cases.safetensors`. See README.md.
+writes controlgen-diffusion/tests/fixtures/cascade/: a directory a stage, `cases.safetensors`, and in `t5` a random small
+T5, its tokenizer and prompts as IF encodes them. See README.md.
 """
 
 import shutil
+import sys
 
 from vision_weights import FIXTURES, randomise
 
@@ -34,9 +36,10 @@ def scheduler(**changes) -> DDPMScheduler:
 
 
 @torch.no_grad()
-def main():
+def images():
     folder = FIXTURES / "cascade"
-    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("first", "second"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     # As IF's files say.
     learned = dict(thresholding=True, dynamic_thresholding_ratio=0.95, sample_max_value=1.5, variance_type="learned_range")
     none = dict(tokenizer=None, text_encoder=None, safety_checker=None, feature_extractor=None, watermarker=None, requires_safety_checker=False)
@@ -64,5 +67,47 @@ def main():
     print("cascade", sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()), "bytes", small.std(), large.std())
 
 
+PROMPTS = ["A Photo of a Cat ", "", "a castle on the hill " * 40]
+
+
+@torch.no_grad()
+def prompts():
+    """Prompts as IF's pipeline encodes them, by a T5 of a few pieces."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    folder = FIXTURES / "cascade" / "t5"
+    shutil.rmtree(folder, ignore_errors=True)
+    pieces = ["▁a", "▁photo", "▁of", "▁c", "at", "▁castle", "▁on", "▁the", "▁hill", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -2.0 - 0.1 * i) for i, piece in enumerate(pieces))]
+    raw = Tokenizer(models.Unigram(vocab, unk_id=2, byte_fallback=False))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.decoder = decoders.Metaspace()
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    config = T5Config(
+        vocab_size=len(vocab), d_model=TEXT, d_kv=4, d_ff=16, num_layers=2, num_heads=3, relative_attention_num_buckets=8,
+        relative_attention_max_distance=20, feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.0,
+    )
+    model = T5EncoderModel(config).eval()
+    randomise(model, 61)
+    model.bfloat16().save_pretrained(folder / "text_encoder")
+    model.float()
+    none = dict(unet=None, scheduler=None, safety_checker=None, feature_extractor=None, watermarker=None, requires_safety_checker=False)
+    pipe = IFPipeline(tokenizer=tokenizer, text_encoder=model, **none)
+    embeds, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    ids = tokenizer([p.lower().strip() for p in PROMPTS], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    save_cases(folder / "cases.safetensors", dict(embeds=embeds[:, ::4].float(), ids=ids), "prompts by IFPipeline of diffusers")
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    print("t5", sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()), "bytes", ids[0, :8].tolist(), ids[1, :3].tolist(), ids[2, -3:].tolist())
+
+
+PARTS = dict(images=images, prompts=prompts)
+
 if __name__ == "__main__":
-    main()
+    for part in sys.argv[1:] or PARTS:
+        if part not in PARTS:
+            fail(f"unknown part {part}; known: {', '.join(PARTS)}")
+        PARTS[part]()

@@ -102,3 +102,27 @@ fn what_makes_no_sense_is_refused() {
     assert!(matches!(found, Err(Error::Unsupported { .. })));
     assert!(matches!(Upscaler::open(fixture("first"), Placement::CPU), Err(Error::Unsupported { .. })));
 }
+
+#[cfg(feature = "text")]
+#[test]
+fn prompts_by_t5_are_diffusers() {
+    use controlgen_diffusion::prompt::T5Prompt;
+
+    let prompts = T5Prompt::open(fixture("t5"), Placement::CPU).unwrap();
+    let cases = Tensor::read_safetensors(fixture("t5/cases.safetensors")).unwrap();
+    let expected = &cases.iter().find(|(key, _)| key == "embeds").unwrap().1;
+    let long = "a castle on the hill ".repeat(40);
+    for prompts in [prompts.handle(), Box::new(prompts)] {
+        let found = prompts.encode(&["A Photo of a Cat ", "", &long]).unwrap();
+        for (row, one) in (0i64..).zip(&found) {
+            assert_eq!(one.features[0].1.size(), [77, 12]);
+            let d = far(&one.features[0].1.slice(0, 0, None, 4), &expected.get(row));
+            assert!(d < 5e-5, "prompt {row}: {d}");
+            assert_eq!(one.truncated.is_some(), row == 2);
+        }
+        assert!(found[2].truncated.as_ref().is_some_and(|rest| rest.ends_with("on the hill")));
+        assert!(matches!(prompts.encode(&[]), Err(Error::Value { .. })));
+    }
+    let short = T5Prompt::open(fixture("t5"), Placement::CPU).unwrap();
+    assert!(short.with_length(0).is_err());
+}
