@@ -20,7 +20,7 @@ TEXT = 12
 
 def unet(seed: int, **changes) -> UNet2DConditionModel:
     model = UNet2DConditionModel(
-        layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4,
+        layers_per_block=1, block_out_channels=(4, 8), norm_num_groups=2, attention_head_dim=4,
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), out_channels=6, cross_attention_dim=32,
         encoder_hid_dim=TEXT, addition_embed_type="text", addition_embed_type_num_heads=2, cross_attention_norm="group_norm",

@@ -99,7 +99,7 @@ def components() -> dict:
         vocab_size=734, hidden_size=d, intermediate_size=16, projection_dim=d, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=77, eos_token_id=733, bos_token_id=732,
     )
-    unet = dict(layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4, resnet_time_scale_shift="scale_shift")
+    unet = dict(layers_per_block=1, block_out_channels=(4, 8), norm_num_groups=2, attention_head_dim=4, resnet_time_scale_shift="scale_shift")
     decoder = UNet2DConditionModel(
         sample_size=8, in_channels=3, out_channels=6, cross_attention_dim=10, class_embed_type="identity",
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), mid_block_type="UNetMidBlock2DSimpleCrossAttn",
@@ -113,7 +113,7 @@ def components() -> dict:
         prior=PriorTransformer(num_attention_heads=2, attention_head_dim=6, num_layers=2, embedding_dim=d),
         decoder=decoder,
         text_encoder=CLIPTextModelWithProjection(text),
-        text_proj=UnCLIPTextProjModel(clip_embeddings_dim=d, time_embed_dim=32, cross_attention_dim=10),
+        text_proj=UnCLIPTextProjModel(clip_embeddings_dim=d, time_embed_dim=16, cross_attention_dim=10),
         super_res_first=upscaler(),
         super_res_last=upscaler(),
     )

@@ -6,7 +6,10 @@ use std::path::{Path, PathBuf};
 
 use controlgen_core::checkpoint::{Safetensors, Weights};
 use controlgen_core::testing::contract;
-use controlgen_core::{Config, Encoder, EncoderInput, Error, Pass, Placement, Reads, SiteKind, Tokens};
+use controlgen_core::{
+    At, Attn, Binding, Config, Control, Controls, Encoder, EncoderInput, Error, Next, Pass, Placement, Reads,
+    SiteId, SiteKind, SiteMap, Tokens,
+};
 use controlgen_diffusion::models::{
     ClipLayer, ClipText, ClipTextInput, ClipVision, load_encoder, open_encoder,
 };
@@ -113,6 +116,81 @@ fn vision_encoders_are_transformers() {
         assert!(vision(name).with_normalisation(&[0.0; 3], &[1.0, 0.0, 1.0]).is_err());
         assert!(vision(name).with_normalisation(&[0.0; 2], &[1.0; 2]).is_err());
     }
+}
+
+#[test]
+fn towers_of_a_whole_clip_are_transformers() {
+    let cases = tensors(fixture("whole/cases.safetensors"));
+    let (text, vision) = (text("whole"), vision("whole"));
+    let input = ClipTextInput::new(Tokens::Ids(&cases["input_ids"]), None);
+    let found = text.forward(input, &Pass::default()).unwrap().pooled.unwrap();
+    assert!(text.projects() && far(&found, &cases["text_embeds"]) < 5e-5);
+    let found = vision.forward(&cases["pixel_values"], &Pass::default()).unwrap().pooled.unwrap();
+    assert!(vision.projects() && far(&found, &cases["image_embeds"]) < 5e-5);
+}
+
+/// Multiplies what it is shown of one site, or of none.
+struct Alter(Option<SiteId>);
+impl Alter {
+    fn on(&self, at: At<'_>, t: Tensor) -> Tensor {
+        if self.0 == Some(at.site) { t * 1.3 + 0.1 } else { t }
+    }
+}
+impl Control for Alter {
+    fn handle(&self) -> Box<dyn Control> {
+        Box::new(Self(self.0))
+    }
+    fn bind(&self, sites: &SiteMap, to: &mut Binding<'_>) -> controlgen_core::Result<()> {
+        sites.iter().for_each(|(site, _)| to.at(site, 0));
+        Ok(())
+    }
+    fn linear(&self, at: At<'_>, _: &Tensor, y: Tensor) -> controlgen_core::Result<Tensor> {
+        Ok(self.on(at, y))
+    }
+    fn attention(&self, at: At<'_>, attn: Attn, next: Next<'_>) -> controlgen_core::Result<Tensor> {
+        Ok(self.on(at, next.run(attn)?))
+    }
+    fn hidden(&self, at: At<'_>, h: Tensor, _: &Tensor) -> controlgen_core::Result<Tensor> {
+        Ok(self.on(at, h))
+    }
+}
+
+#[test]
+fn controls_and_weights_act_at_every_site_of_a_vision_encoder() {
+    let encoder = vision("vision_projection");
+    let pixels = &tensors(fixture("vision_projection/cases.safetensors"))["plain.pixel_values"];
+    let read = |encoder: &dyn Encoder, controls: Option<&Controls>| {
+        let pass = Pass { controls, ..Pass::default() };
+        encoder.encode(EncoderInput::Image(pixels), &pass).unwrap().pooled.unwrap()
+    };
+    let plain = read(&encoder, None);
+    let under = |site| {
+        let controls = Controls::bind(encoder.sites(), vec![Box::new(Alter(site))]).unwrap();
+        read(&encoder, Some(&controls))
+    };
+    assert!(under(None).equal(&plain));
+    let mut offered = Vec::new();
+    let same = encoder.map_weights(&mut |site, _| {
+        offered.push(site);
+        Ok(None)
+    });
+    assert!(read(&*same.unwrap(), None).equal(&plain));
+    for (site, about) in encoder.sites().iter() {
+        assert!(far(&under(Some(site)), &plain) > 1e-4, "a control at {}", about.name);
+        if matches!(about.kind(), SiteKind::Linear | SiteKind::Conv) {
+            assert!(offered.contains(&site), "{}", about.name);
+            let mapped = encoder.map_weights(&mut |id, w| Ok((id == site).then(|| w * 0.5))).unwrap();
+            assert!(far(&read(&*mapped, None), &plain) > 1e-4, "a weight of {}", about.name);
+        }
+    }
+    // Gradients reach the pixels.
+    let leaf = pixels.detach().set_requires_grad(true);
+    let found = encoder.encode(EncoderInput::Image(&leaf), &Pass::default()).unwrap();
+    let gradient =
+        Tensor::run_backward(&[found.pooled.unwrap().square().sum(Kind::Float)], &[&leaf], false, false);
+    assert!(
+        gradient[0].abs().min().double_value(&[]) >= 0.0 && gradient[0].abs().max().double_value(&[]) > 1e-3
+    );
 }
 
 #[test]
@@ -245,7 +323,7 @@ fn long_prompts_go_in_chunks() {
     let chunks: Vec<&[i64]> = tokens.chunks(75).collect();
     assert!(chunks.len() >= 2 && encoded.iter().all(|one| one.truncated.is_none()));
     let hidden = &encoded[0].features[0].1;
-    assert_eq!(hidden.size(), [77 * chunks.len() as i64, 24]);
+    assert_eq!(hidden.size(), [77 * chunks.len() as i64, 16]);
     assert_eq!(encoded[1].features[0].1.size(), hidden.size(), "all prompts are equally long");
     for (i, chunk) in chunks.iter().enumerate() {
         let ids = Tensor::from_slice(&prompt.tokenizer().framed(chunk)).view([1, 77]);
