@@ -157,7 +157,7 @@ AGREE, SENSITIVE = 2e-5, 2e-3
 
 def text_config(**changes) -> CLIPTextConfig:
     base = dict(
-        vocab_size=734, hidden_size=24, intermediate_size=40, projection_dim=20, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=734, hidden_size=16, intermediate_size=24, projection_dim=12, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-3, eos_token_id=733, bos_token_id=732,
     )
     return CLIPTextConfig(**{**base, **changes})
@@ -185,13 +185,37 @@ ENCODERS = {
     "text": (CLIPTextModel, text_config(hidden_act="gelu", num_hidden_layers=2), False, [dict(hidden_act="quick_gelu")]),
     "text_projection": (
         CLIPTextModelWithProjection,
-        text_config(hidden_size=20, num_attention_heads=2, hidden_act="gelu", projection_dim=16),
+        text_config(hidden_size=14, num_attention_heads=2, hidden_act="gelu", projection_dim=10),
         False,
         [dict(hidden_act="quick_gelu"), dict(num_hidden_layers=2)],
     ),
     "vision": (CLIPVisionModel, vision_config(hidden_act="gelu"), True, [dict(hidden_act="quick_gelu")]),
     "vision_projection": (CLIPVisionModelWithProjection, vision_config(), False, [dict(hidden_act="gelu")]),
 }
+
+
+@torch.no_grad()
+def whole() -> None:
+    """Both towers in one file."""
+    text, vision = text_config(vocab_size=60, eos_token_id=2, max_position_embeddings=12), vision_config()
+    text.num_hidden_layers = 1
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=9)
+    model = CLIPModel(config).float().eval()
+    randomise(model, 7050)
+    generator = torch.Generator().manual_seed(7051)
+    kernel = model.vision_model.embeddings.patch_embedding.weight
+    kernel.copy_((torch.randn(kernel.shape, generator=generator) * 0.2).bfloat16())
+    ids, size = torch.randint(3, 60, (2, 7), generator=generator), vision.image_size
+    pixels = torch.randn(2, 3, size, size, generator=generator)
+    folder = FIXTURES / "whole"
+    shutil.rmtree(folder, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    model.float()
+    found = dict(
+        input_ids=ids, pixel_values=pixels, text_embeds=model.get_text_features(ids).pooler_output,
+        image_embeds=model.get_image_features(pixels).pooler_output,
+    )
+    save_cases(folder / "cases.safetensors", found, "a whole CLIP by transformers")
 
 
 def outputs(found) -> dict:
@@ -219,6 +243,7 @@ def text_inputs(generator: torch.Generator) -> dict:
 
 
 def encoders():
+    whole()
     for number, (name, (model_class, config, old, changes)) in enumerate(ENCODERS.items()):
         config._attn_implementation = "eager"
         model = model_class(config).eval()
@@ -299,6 +324,8 @@ def prompts():
                 f"xl.{key}": found, f"xl.{key}.pooled": pooled, f"xl.{key}.empty.pooled": empty_pooled,
                 f"xl.{key}.empty": empty,
             })
+    # Of negative prompts diffusers skips nothing.
+    cases = {k: v for k, v in cases.items() if "skip.empty" not in k}
     # Every seventh position is enough.
     cases = {k: v[:, ::7] if v.ndim == 3 else v for k, v in cases.items()}
     save_cases(FIXTURES / "prompts.safetensors", cases, "prompts by diffusers")

@@ -6,6 +6,8 @@ mod clip_text;
 mod clip_vision;
 mod conditions;
 mod dit;
+mod prior_transformer;
+mod unclip_text_proj;
 mod unet_2d;
 mod unet_2d_condition;
 
@@ -14,6 +16,8 @@ pub use clip::ClipBlocks;
 pub use clip_text::{ClipLayer, ClipText, ClipTextConfig, ClipTextInput};
 pub use clip_vision::{ClipVision, ClipVisionConfig};
 pub use dit::{Dit, DitConfig};
+pub use prior_transformer::{PriorTransformer, PriorTransformerConfig};
+pub use unclip_text_proj::{UnClipConditions, UnClipTextProj, UnClipTextProjConfig};
 pub use unet_2d::{ClassEmbedding, UNet2d, UNet2dConfig};
 pub use unet_2d_condition::{AddedEmbedding, ClassLabels, UNet2dCondition, UNet2dConditionConfig};
 
@@ -47,7 +51,7 @@ pub fn load_denoiser(
     predicts: Predicts,
     placement: Placement,
 ) -> Result<Box<dyn Denoiser>> {
-    let known = [unet_2d::CLASS_NAME, unet_2d_condition::CLASS_NAME];
+    let known = [unet_2d::CLASS_NAME, unet_2d_condition::CLASS_NAME, prior_transformer::CLASS_NAME];
     let class = config
         .str("_class_name")?
         .ok_or_else(|| config.error("_class_name", format!("one of {}", known.join(", ")), "nothing"))?;
@@ -56,6 +60,9 @@ pub fn load_denoiser(
         unet_2d::CLASS_NAME => Box::new(UNet2d::load(config, &weights, predicts, placement)?),
         unet_2d_condition::CLASS_NAME => {
             Box::new(UNet2dCondition::load(config, &weights, predicts, placement)?)
+        }
+        prior_transformer::CLASS_NAME => {
+            Box::new(PriorTransformer::load(config, &weights, predicts, placement)?)
         }
         other => return Err(Error::unsupported(format!("the denoiser class `{other}`"), known.join(", "))),
     })

@@ -21,6 +21,7 @@
 //! `generator=torch.Generator().manual_seed(42)`.
 
 mod batch;
+mod cascade;
 mod class_conditional;
 mod ddpm;
 mod directory;
@@ -30,7 +31,9 @@ mod inpainting;
 mod prompts;
 mod run;
 mod text_to_image;
+mod unclip;
 
+pub use cascade::{Cascade, Upscaler};
 pub use class_conditional::ClassConditional;
 pub use ddpm::DdpmPipeline;
 pub use images::Images;
@@ -39,6 +42,7 @@ pub use inpainting::Inpainting;
 pub use prompts::Prompts;
 pub use run::{Run, Seeds};
 pub use text_to_image::{Defaults, TextToImage};
+pub use unclip::UnClip;
 
 use controlgen_core::energy::checks;
 use controlgen_core::{Autoencoder, Denoiser, Error, Result};

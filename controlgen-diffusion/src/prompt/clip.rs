@@ -43,6 +43,7 @@ pub struct ClipPrompt {
     layer: ClipLayer,
     weights: bool,
     long: LongPrompts,
+    embeds: bool,
 }
 
 /// What one CLIP makes of all prompts.
@@ -51,6 +52,8 @@ struct Encoded {
     hidden: Vec<Tensor>,
     /// `[P]` each.
     pooled: Vec<Tensor>,
+    /// Boolean `[T]` each.
+    keep: Vec<Tensor>,
     truncated: Vec<Option<String>>,
 }
 
@@ -82,7 +85,7 @@ impl ClipPrompt {
             ));
         }
         let (layer, long) = (ClipLayer::LAST, LongPrompts::Truncate);
-        Ok(Self { tokenizer, encoder, controls: None, layer, weights: false, long })
+        Ok(Self { tokenizer, encoder, controls: None, layer, weights: false, long, embeds: false })
     }
 
     /// Opens `tokenizer` and `text_encoder` of a pipeline's directory.
@@ -107,7 +110,8 @@ impl ClipPrompt {
         Self { layer, ..self }
     }
 
-    /// diffusers' `clip_skip`: without the last `n` blocks, but through the final norm.
+    /// diffusers' `clip_skip`: without the last `n` blocks, but through the final norm. It is so for negative prompts too,
+    /// where diffusers reads the last block's states.
     #[must_use]
     pub fn with_clip_skip(self, n: usize) -> Self {
         self.with_layer(ClipLayer { before_last: n, norm: true })
@@ -124,6 +128,13 @@ impl ClipPrompt {
     #[must_use]
     pub fn with_long(self, long: LongPrompts) -> Self {
         Self { long, ..self }
+    }
+
+    /// Gives `text_embeds` `[P]`, the pooled feature, and `attention_mask` `[T]`, boolean, false for padding, besides: what
+    /// unCLIP's prior reads.
+    #[must_use]
+    pub fn with_embeds(self) -> Self {
+        Self { embeds: true, ..self }
     }
 
     /// Under these controls, bound to the encoder's sites.
@@ -146,7 +157,9 @@ impl ClipPrompt {
         &self.encoder
     }
 
-    fn share(&self) -> Self {
+    /// Another handle over the same weights.
+    #[must_use]
+    pub fn share(&self) -> Self {
         Self {
             tokenizer: self.tokenizer.clone(),
             encoder: self.encoder.share(),
@@ -191,12 +204,14 @@ impl ClipPrompt {
     fn run(&self, prompts: &[&str], chunks: usize) -> Result<Encoded> {
         let read = prompts.iter().map(|prompt| self.read(prompt)).collect::<Result<Vec<_>>>()?;
         let (context, room) = (self.tokenizer.context(), self.room());
-        let (mut ids, mut weights) = (Vec::new(), Vec::new());
+        let (mut ids, mut weights, mut keep) = (Vec::new(), Vec::new(), Vec::new());
         for prompt in &read {
             for chunk in 0..chunks {
                 let from = (chunk * room).min(prompt.ids.len());
                 let to = (from + room).min(prompt.ids.len());
                 ids.extend(self.tokenizer.framed(&prompt.ids[from..to]));
+                keep.extend(std::iter::repeat_n(true, to - from + 2));
+                keep.extend(std::iter::repeat_n(false, room - (to - from)));
                 weights.push(1.0);
                 weights.extend(&prompt.weights[from..to]);
                 weights.extend(std::iter::repeat_n(1.0, context - 1 - (to - from)));
@@ -225,6 +240,7 @@ impl ClipPrompt {
         Ok(Encoded {
             hidden: hidden.f_unbind(0)?,
             pooled: pooled.f_unbind(0)?,
+            keep: Tensor::f_from_slice(&keep)?.f_view([-1, each * t])?.f_to_device(device)?.f_unbind(0)?,
             truncated: read.into_iter().map(|prompt| prompt.truncated).collect(),
         })
     }
@@ -242,11 +258,15 @@ impl PromptEncoder for ClipPrompt {
     fn encode(&self, prompts: &[&str]) -> Result<Vec<EncodedPrompt>> {
         at_least_one(prompts)?;
         let encoded = self.run(prompts, self.chunks(prompts)?)?;
-        let one = |(hidden, truncated)| EncodedPrompt {
-            features: vec![("encoder_hidden_states".to_owned(), hidden)],
-            truncated,
+        let one = |((hidden, truncated), (pooled, keep))| {
+            let mut features = vec![("encoder_hidden_states".to_owned(), hidden)];
+            if self.embeds {
+                features.extend([("text_embeds".to_owned(), pooled), ("attention_mask".to_owned(), keep)]);
+            }
+            EncodedPrompt { features, truncated }
         };
-        Ok(encoded.hidden.into_iter().zip(encoded.truncated).map(one).collect())
+        let besides = encoded.pooled.into_iter().zip(encoded.keep);
+        Ok(encoded.hidden.into_iter().zip(encoded.truncated).zip(besides).map(one).collect())
     }
 }
 
@@ -290,7 +310,7 @@ impl ClipPairPrompt {
         Self { first: f(self.first), second: f(self.second) }
     }
 
-    /// diffusers' `clip_skip`, which counts from the penultimate states on.
+    /// diffusers' `clip_skip`, which counts from the penultimate states on; of negative prompts too, unlike there.
     #[must_use]
     pub fn with_clip_skip(self, n: usize) -> Self {
         self.both(|prompt| prompt.with_layer(ClipLayer { before_last: n + 1, norm: false }))

@@ -1,6 +1,8 @@
 //! Prompts, and what denoisers are told of them.
 
 mod clip;
+#[cfg(feature = "text")]
+mod t5;
 mod tokenizer;
 mod weighting;
 
@@ -8,6 +10,8 @@ use controlgen_core::Result;
 use tch::Tensor;
 
 pub use clip::{ClipPairPrompt, ClipPrompt, LongPrompts};
+#[cfg(feature = "text")]
+pub use t5::T5Prompt;
 pub use tokenizer::ClipTokenizer;
 pub use weighting::{Weighted, apply_weights, parse_weights};
 

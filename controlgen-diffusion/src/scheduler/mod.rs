@@ -46,7 +46,7 @@ pub struct Scheduler {
 
 impl Scheduler {
     /// The classes that can be read.
-    pub const CLASSES: [&'static str; 10] = [
+    pub const CLASSES: [&'static str; 11] = [
         "DDPMScheduler",
         "DDIMScheduler",
         "EulerDiscreteScheduler",
@@ -57,6 +57,7 @@ impl Scheduler {
         "PNDMScheduler",
         "LCMScheduler",
         "FlowMatchEulerDiscreteScheduler",
+        "UnCLIPScheduler",
     ];
 
     /// Reads a file.
@@ -89,6 +90,7 @@ impl Scheduler {
             "DPMSolverMultistepScheduler" => dpm_solver(class, &fields),
             "UniPCMultistepScheduler" => unipc(class, &fields),
             "FlowMatchEulerDiscreteScheduler" => flow_match(class, &fields),
+            "UnCLIPScheduler" => unclip(class, &fields),
             _ => k_diffusion(class, &fields),
         }?;
         // Solvers that do not use the variance cut it off all the same.
@@ -237,6 +239,27 @@ fn ddpm(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         table: Some(table(fields, 1e-4, 0.02, "linear")?),
         grid: Grid::Whole { spacing: spacing(fields, "leading")?, last: NoiseLevel::CLEAN },
         parameterisation: parameterisation(fields, false)?,
+        sampler: within(Ddpm::new(variance).with_noise_at_end(), threshold(fields, true)?),
+        learned_variance: false,
+        scales: None,
+        ddim: None,
+    })
+}
+
+/// DDPM as Karlo runs it: from the last timestep of training to the first, each step to the next.
+fn unclip(class: &'static str, fields: &Fields) -> Result<Scheduler> {
+    let betas = fields.text("beta_schedule", "squaredcos_cap_v2")?;
+    if betas != "squaredcos_cap_v2" {
+        return Err(fields.error("beta_schedule", "squaredcos_cap_v2", betas));
+    }
+    let variances = [("fixed_small_log", Variance::FixedSmall), ("learned_range", Variance::LearnedRange)];
+    let variance = fields.one_of("variance_type", "fixed_small_log", &variances)?;
+    let predicted = [("epsilon", Parameterisation::Epsilon), ("sample", Parameterisation::Sample)];
+    Ok(Scheduler {
+        class,
+        table: Some(table(fields, 1e-4, 0.02, betas)?),
+        grid: Grid::Whole { spacing: Spacing::Linspace, last: NoiseLevel::CLEAN },
+        parameterisation: fields.one_of("prediction_type", "epsilon", &predicted)?,
         sampler: within(Ddpm::new(variance).with_noise_at_end(), threshold(fields, true)?),
         learned_variance: false,
         scales: None,

@@ -161,7 +161,10 @@ fn images_and_masks_are_of_the_right_modes_and_sizes() {
     let change = |from: &ImageToImage, run| pipeline.image_to_image("a cat", from, run);
     assert!(matches!(change(&from(image(1, 16), 0.5), run()), Err(Error::Shape { .. })), "gray");
     assert!(matches!(change(&from(image(4, 16), 0.5), run()), Err(Error::Shape { .. })), "with alpha");
-    assert!(matches!(change(&from(image(3, 16).squeeze(), 0.5), run()), Err(Error::Shape { .. })), "no batch");
+    assert!(
+        matches!(change(&from(image(3, 16).squeeze(), 0.5), run()), Err(Error::Shape { .. })),
+        "no batch"
+    );
     assert!(matches!(change(&from(image(3, 18), 0.5), run()), Err(Error::Value { .. })), "no multiple");
     let text = message(change(&from(image(3, 16), 0.5), run().size(16, 32)));
     assert!(text.contains("16 by 16, as the image"), "{text}");
@@ -172,7 +175,8 @@ fn images_and_masks_are_of_the_right_modes_and_sizes() {
         let changed = change(&from(image(3, 16), strength), run());
         assert!(matches!(changed, Err(Error::Value { .. })), "{strength}");
     }
-    let paint = |mask| pipeline.inpaint("a cat", &Inpainting { image: image(3, 16), mask, strength: 1.0 }, run());
+    let paint =
+        |mask| pipeline.inpaint("a cat", &Inpainting { image: image(3, 16), mask, strength: 1.0 }, run());
     let text = message(paint(image(1, 32)));
     assert!(text.contains("mask") && text.contains("[1, 1, 16, 16]"), "{text}");
     assert!(matches!(paint(image(3, 16)), Err(Error::Shape { .. })), "three channels");
@@ -184,7 +188,10 @@ fn a_denoiser_of_inpainting_needs_a_mask() {
     let text = message(pipeline.run("a cat", Run::new().steps(2)));
     assert!(text.contains("5 more channels"), "{text}");
     let from = ImageToImage { image: image(3, 16), strength: 0.5 };
-    assert!(matches!(pipeline.image_to_image("a", &from, Run::new().steps(4)), Err(Error::Unsupported { .. })));
+    assert!(matches!(
+        pipeline.image_to_image("a", &from, Run::new().steps(4)),
+        Err(Error::Unsupported { .. })
+    ));
 }
 
 #[test]

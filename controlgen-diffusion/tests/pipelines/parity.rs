@@ -46,7 +46,8 @@ fn run(case: &Value) -> Run<'static> {
 }
 
 fn prompts(case: &Value) -> Prompts {
-    let mut prompts = Prompts::new(texts(&case["prompt"])).images(case["images"].as_u64().unwrap_or(1) as usize);
+    let mut prompts =
+        Prompts::new(texts(&case["prompt"])).images(case["images"].as_u64().unwrap_or(1) as usize);
     match &case["negative"] {
         Value::Null => {}
         Value::String(text) => prompts = prompts.negative(text),
@@ -75,7 +76,10 @@ fn check(name: &str, make: impl Fn(&Value, Option<Scheduler>, &dyn Fn(&str) -> T
         for (what, found) in [("latents", &images.latents), ("pixels", images.pixels.as_ref().unwrap())] {
             if let Some(expected) = truth.load(&format!("{case}.{what}")).unwrap() {
                 let d = distance(found, &expected);
-                println!("{name}.{case}: {what} {d:.1e} apart, of {:.1}", expected.abs().max().double_value(&[]));
+                println!(
+                    "{name}.{case}: {what} {d:.1e} apart, of {:.1}",
+                    expected.abs().max().double_value(&[])
+                );
                 assert!(d <= TOLERANCE, "{name}.{case}: {what} are {d} apart");
                 compared += 1;
             }

@@ -13,13 +13,16 @@ use controlgen_core::{
     Result, SharedTensor, SiteKind, SiteMap,
 };
 use controlgen_diffusion::image::load_parameters;
-use controlgen_diffusion::pipelines::{ClassConditional, DdpmPipeline, Defaults, Prompts, Run, Seeds, TextToImage};
+use controlgen_diffusion::pipelines::{
+    ClassConditional, DdpmPipeline, Defaults, Prompts, Run, Seeds, TextToImage,
+};
 use controlgen_diffusion::{Ddim, DpmSolver, EulerAncestral, Heun, Pndm, Sampler, Scheduler, UniPc};
 use tch::{Device, Kind, Tensor};
 
 use super::{directory, distance};
 
-const DDIM: &str = r#"{"_class_name": "DDIMScheduler", "clip_sample": false, "timestep_spacing": "trailing"}"#;
+const DDIM: &str =
+    r#"{"_class_name": "DDIMScheduler", "clip_sample": false, "timestep_spacing": "trailing"}"#;
 
 fn scheduler() -> Scheduler {
     Scheduler::parse("ddim.json", DDIM).unwrap()
@@ -237,14 +240,19 @@ fn what_was_not_read_is_reported() {
     let prompts = Prompts::new(["a cat".to_owned(), long]);
     let images = stable_diffusion().run(prompts, Run::new().steps(2).without_decoding()).unwrap();
     assert_eq!(images.truncated[0], None);
-    assert!(images.truncated[1].as_ref().unwrap().ends_with("a photo of a castle"), "{:?}", images.truncated[1]);
+    assert!(
+        images.truncated[1].as_ref().unwrap().ends_with("a photo of a castle"),
+        "{:?}",
+        images.truncated[1]
+    );
 }
 
 #[test]
 fn it_samples_images_for_others() {
     let defaults = Defaults { steps: 3, guidance_scale: 2.0, size: [16, 24] };
     let pipeline = stable_diffusion().with_defaults(defaults);
-    let request = |prompt: &str, seed| ImageRequest { prompt: prompt.into(), negative_prompt: String::new(), seed };
+    let request =
+        |prompt: &str, seed| ImageRequest { prompt: prompt.into(), negative_prompt: String::new(), seed };
     let sampler: Box<dyn ImageSampler> = ImageSampler::handle(&pipeline);
     let both = sampler.sample(&[request("a cat", 3), request("a dog", 8)]).unwrap().0;
     assert_eq!(both.size(), [2, 3, 16, 24]);
