@@ -38,7 +38,10 @@ CLASSES = [
     "PNDMScheduler",
     "LCMScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "UnCLIPScheduler",
 ]
+# Classes that have no spacings and betas to choose from.
+ALONE = ["FlowMatchEulerDiscreteScheduler", "UnCLIPScheduler"]
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 SPACINGS = [
     dict(timestep_spacing="leading", steps_offset=1),
@@ -109,6 +112,12 @@ OPTIONS = {
         dict(shift=3.0, shift_terminal=0.1),
         dict(shift=3.0, stochastic_sampling=True),
     ],
+    "UnCLIPScheduler": [
+        dict(),
+        dict(variance_type="learned_range"),
+        dict(prediction_type="sample", clip_sample_range=5.0),
+        dict(clip_sample=False, variance_type="learned_range", prediction_type="sample"),
+    ],
 }
 DOUBLED = {}
 
@@ -140,6 +149,8 @@ def run(config: dict, steps: int, inputs: dict, dtype: torch.dtype, eta: float =
         options = dict(eta=eta) if name == "DDIMScheduler" else {}
         for k, t in enumerate(scheduler.timesteps):
             module.randn_tensor = lambda *_, **__: inputs["noise"][k].to(dtype)
+            if name == "UnCLIPScheduler":
+                options = dict(prev_timestep=next(iter(scheduler.timesteps[k + 1 :]), None))
             scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else None
             x = scheduler.step(inputs["model_outputs"][k].to(dtype), t, x, **options).prev_sample
             samples.append(x)
@@ -170,7 +181,7 @@ def refused(config: dict) -> bool:
 
 def configs(name: str):
     """Every parameterisation with every spacing, options and betas by turns; and every option."""
-    if name == "FlowMatchEulerDiscreteScheduler":
+    if name in ALONE:
         yield from (dict(_class_name=name, **option) for option in OPTIONS[name])
         return
     options, seen = OPTIONS[name], []
@@ -204,7 +215,7 @@ def fixtures() -> None:
     for name in CLASSES:
         for i, config in enumerate(configs(name)):
             # One in three of the plain ones: parameterisations and spacings change together.
-            if name != "FlowMatchEulerDiscreteScheduler" and i < 9 and i % 4 != 0 and i != 2:
+            if name not in ALONE and i < 9 and i % 4 != 0 and i != 2:
                 continue
             key = f"{name.removesuffix('Scheduler')}.{i}"
             learned = config.get("variance_type") == "learned_range"

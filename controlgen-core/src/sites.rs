@@ -82,7 +82,7 @@ pub enum Dims {
         /// Whether keys and values come from another sequence.
         cross: bool,
     },
-    /// `[B, T, width]`.
+    /// `[B, T, width]`; `[B, width, H, W]` in a network of convolutions.
     Hidden {
         /// Width of the stream.
         width: i64,

@@ -46,8 +46,10 @@
 //! The order is that in the length of the steps, measured on a Gaussian. [`Thresholded`] keeps any sampler's x̂₀ in the
 //! range of pixels. [`Scheduler`] reads diffusers' scheduler_config.json: steps and sampler as they are there.
 
+pub mod image;
 pub mod models;
-mod prompt;
+pub mod pipelines;
+pub mod prompt;
 mod samplers;
 mod schedule;
 mod scheduler;
@@ -56,7 +58,7 @@ pub use models::Predicts;
 pub use prompt::{EncodedPrompt, PromptEncoder};
 pub use samplers::{
     Ddim, Ddpm, DpmSolver, DpmSolverType, Euler, EulerAncestral, FlowMatchEuler, Heun, Lcm, Pndm, Predict,
-    Sampler, Threshold, Thresholded, UniPc, UniPcType, Variance, sample,
+    Sampled, Sampler, Threshold, Thresholded, UniPc, UniPcType, Variance, sample, sample_watched,
 };
 pub use schedule::{DiffusionSchedule, SigmaSpacing, Spacing, flow_sigmas, from_strength, steps, steps_at};
 pub use scheduler::Scheduler;

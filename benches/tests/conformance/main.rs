@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod clip;
 mod forward;
 mod generate;
 mod refusals;

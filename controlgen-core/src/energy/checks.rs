@@ -5,7 +5,10 @@ use tch::{Kind, Tensor};
 use crate::{Error, Result};
 
 /// Refuses anything but one floating-point number for each of `rows`; of any number of rows where `None`.
-pub(crate) fn one_a_row(what: &str, value: &Tensor, rows: Option<i64>) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Kind`].
+pub fn one_a_row(what: &str, value: &Tensor, rows: Option<i64>) -> Result<()> {
     let size = value.size();
     if size.len() != 1 || rows.is_some_and(|rows| size[0] != rows) {
         let expected = rows.map_or("[B]".to_owned(), |rows| format!("[{rows}]"));
@@ -15,7 +18,10 @@ pub(crate) fn one_a_row(what: &str, value: &Tensor, rows: Option<i64>) -> Result
 }
 
 /// Refuses integers and booleans.
-pub(crate) fn floating(what: &str, tensor: &Tensor) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Kind`].
+pub fn floating(what: &str, tensor: &Tensor) -> Result<()> {
     if tensor.is_floating_point() {
         return Ok(());
     }
@@ -24,12 +30,18 @@ pub(crate) fn floating(what: &str, tensor: &Tensor) -> Result<()> {
 }
 
 /// Refuses NaN and infinities, naming the rows (the first dimension) that have any.
-pub(crate) fn finite(what: &str, tensor: &Tensor) -> Result<()> {
+///
+/// # Errors
+/// [`Error::NotFinite`].
+pub fn finite(what: &str, tensor: &Tensor) -> Result<()> {
     refuse(what, tensor, &tensor.f_isfinite()?.f_logical_not()?)
 }
 
 /// Refuses NaN alone: an infinite energy means "never".
-pub(crate) fn not_nan(what: &str, tensor: &Tensor) -> Result<()> {
+///
+/// # Errors
+/// [`Error::NotFinite`].
+pub fn not_nan(what: &str, tensor: &Tensor) -> Result<()> {
     refuse(what, tensor, &tensor.f_isnan()?)
 }
 

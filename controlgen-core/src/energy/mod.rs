@@ -4,7 +4,7 @@
 //! ([`rerank`]), and where it is differentiable its gradient steers a sampler ([`gradient`], [`langevin`]).
 
 mod algebra;
-pub(crate) mod checks;
+pub mod checks;
 mod gradient;
 mod langevin;
 mod objective;

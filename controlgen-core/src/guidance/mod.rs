@@ -127,6 +127,24 @@ pub trait Guidance: Send {
     fn guide(&self, step: &Step, out: &Outputs<'_>, so_far: Guided, memory: &mut Memory) -> Result<Guided>;
 }
 
+impl<G: Guidance + ?Sized> Guidance for Box<G> {
+    fn handle(&self) -> Box<dyn Guidance> {
+        (**self).handle()
+    }
+    fn name(&self) -> &'static str {
+        (**self).name()
+    }
+    fn needs(&self, step: &Step) -> Needs {
+        (**self).needs(step)
+    }
+    fn before(&self, step: &Step, x: Tensor) -> Result<Tensor> {
+        (**self).before(step, x)
+    }
+    fn guide(&self, step: &Step, out: &Outputs<'_>, so_far: Guided, memory: &mut Memory) -> Result<Guided> {
+        (**self).guide(step, out, so_far, memory)
+    }
+}
+
 /// An error of a stage, with the stage and the step.
 fn in_stage(error: Error, stage: &dyn Guidance, step: &Step) -> Error {
     match error {

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use crate::{Error, Result};
+use crate::{Error, Result, is_recording};
 
 /// An activation function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +58,24 @@ impl Activation {
             Self::Tanh => x.f_tanh()?,
         })
     }
+
+    /// The same of a tensor that nobody else holds: in its place, where no graph is recorded.
+    ///
+    /// # Errors
+    /// Those of LibTorch.
+    pub fn consume(self, mut x: Tensor) -> Result<Tensor> {
+        if is_recording() {
+            return self.forward(&x);
+        }
+        Ok(match self {
+            Self::Relu => x.f_relu_()?,
+            Self::Silu => x.f_silu_()?,
+            Self::Gelu => x.f_gelu_("none")?,
+            Self::GeluTanh => x.f_gelu_("tanh")?,
+            Self::QuickGelu => self.forward(&x)?,
+            Self::Tanh => x.f_tanh_()?,
+        })
+    }
 }
 
 #[cfg(test)]
@@ -77,6 +95,12 @@ mod tests {
         ] {
             let y = Activation::from_name(name).unwrap().forward(&Tensor::from(1.0f32)).unwrap();
             assert!((y.double_value(&[]) - expected).abs() < 1e-6, "{name}: {y:?}");
+            let act = Activation::from_name(name).unwrap();
+            let x = Tensor::from(1.0f32).set_requires_grad(true);
+            assert!(act.consume(&x * 1.0).unwrap().requires_grad(), "{name}: a graph");
+            let _no_gradients = tch::no_grad_guard();
+            let x = Tensor::from(1.0f32);
+            assert!(act.consume(x).unwrap().equal(&y), "{name}: in place");
         }
         assert!(Activation::from_name("gleu").is_err());
     }

@@ -2,6 +2,7 @@
 
 use tch::Tensor;
 
+use super::Activation;
 use crate::{Error, Result};
 
 /// Root-mean-square norm (Zhang & Sennrich 2019): x / √(mean(x²) + ε) · g, over the last dimension.
@@ -109,5 +110,13 @@ impl GroupNorm {
     /// Those of LibTorch.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(x.f_group_norm(self.groups, Some(&self.weight), Some(&self.bias), self.eps, false)?)
+    }
+
+    /// The norm and an activation after it: `[B, C, ..] → [B, C, ..]`
+    ///
+    /// # Errors
+    /// Those of LibTorch.
+    pub fn activated(&self, x: &Tensor, act: Activation) -> Result<Tensor> {
+        act.consume(self.forward(x)?)
     }
 }

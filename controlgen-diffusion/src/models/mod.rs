@@ -1,6 +1,72 @@
 //! Denoisers, autoencoders and encoders, each read from top to bottom in one file. `blocks` is what they share.
 
-use controlgen_core::Parameterisation;
+mod blocks;
+mod clip;
+mod clip_text;
+mod clip_vision;
+mod conditions;
+mod dit;
+mod prior_transformer;
+mod unclip_text_proj;
+mod unet_2d;
+mod unet_2d_condition;
+
+pub use blocks::{Attends, BlockConfig, LevelConfig, Resample, TextNorm, TimeNorm, UNetConfig};
+pub use clip::ClipBlocks;
+pub use clip_text::{ClipLayer, ClipText, ClipTextConfig, ClipTextInput};
+pub use clip_vision::{ClipVision, ClipVisionConfig};
+pub use dit::{Dit, DitConfig};
+pub use prior_transformer::{PriorTransformer, PriorTransformerConfig};
+pub use unclip_text_proj::{UnClipConditions, UnClipTextProj, UnClipTextProjConfig};
+pub use unet_2d::{ClassEmbedding, UNet2d, UNet2dConfig};
+pub use unet_2d_condition::{AddedEmbedding, ClassLabels, UNet2dCondition, UNet2dConditionConfig};
+
+use std::path::Path;
+
+use controlgen_core::checkpoint::{Safetensors, TensorSource, Weights};
+use controlgen_core::config::Config;
+use controlgen_core::{Denoiser, Encoder, Error, Parameterisation, Placement, Result};
+
+/// Opens the denoiser of a diffusers directory: config.json, and diffusion_pytorch_model.safetensors or its shards.
+///
+/// # Errors
+/// [`Error::Unsupported`] for a class that is not known, naming those that are; [`Error::Config`], [`Error::Keys`],
+/// [`Error::Shape`], [`Error::Format`], [`Error::Io`] for what is wrong with the files.
+pub fn open_denoiser(
+    directory: &Path,
+    predicts: Predicts,
+    placement: Placement,
+) -> Result<Box<dyn Denoiser>> {
+    let config = Config::open(&directory.join("config.json"))?;
+    load_denoiser(&config, &Safetensors::open(directory)?, predicts, placement)
+}
+
+/// Loads the denoiser that `config` describes from `source`.
+///
+/// # Errors
+/// As [`open_denoiser`].
+pub fn load_denoiser(
+    config: &Config,
+    source: &dyn TensorSource,
+    predicts: Predicts,
+    placement: Placement,
+) -> Result<Box<dyn Denoiser>> {
+    let known = [unet_2d::CLASS_NAME, unet_2d_condition::CLASS_NAME, prior_transformer::CLASS_NAME];
+    let class = config
+        .str("_class_name")?
+        .ok_or_else(|| config.error("_class_name", format!("one of {}", known.join(", ")), "nothing"))?;
+    let weights = Weights::new(source, placement.options());
+    Ok(match class {
+        unet_2d::CLASS_NAME => Box::new(UNet2d::load(config, &weights, predicts, placement)?),
+        unet_2d_condition::CLASS_NAME => {
+            Box::new(UNet2dCondition::load(config, &weights, predicts, placement)?)
+        }
+        prior_transformer::CLASS_NAME => {
+            Box::new(PriorTransformer::load(config, &weights, predicts, placement)?)
+        }
+        other => return Err(Error::unsupported(format!("the denoiser class `{other}`"), known.join(", "))),
+    })
+}
 
 /// What a denoiser's own config.json does not say: it stands in the scheduler's file, or is known of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,5 +86,35 @@ impl Predicts {
     /// How many channels a sample has, of a model of so many channels out.
     pub fn channels(self, out_channels: i64) -> i64 {
         if self.learned_variance { out_channels.div_euclid(2) } else { out_channels }
+    }
+}
+
+/// Opens the encoder of a Hugging Face directory: CLIP's of text or of images. T5's is in controlgen-text.
+///
+/// # Errors
+/// [`Error::Unsupported`] for an architecture that is not known, naming those that are; [`Error::Config`],
+/// [`Error::Keys`], [`Error::Shape`], [`Error::Format`], [`Error::Io`] for what is wrong with the files.
+pub fn open_encoder(directory: &Path, placement: Placement) -> Result<Box<dyn Encoder>> {
+    let config = Config::open(&directory.join("config.json"))?;
+    load_encoder(&config, &Safetensors::open(directory)?, placement)
+}
+
+/// Loads the encoder that `config` describes from `source`.
+///
+/// # Errors
+/// As [`open_encoder`].
+pub fn load_encoder(
+    config: &Config,
+    source: &dyn TensorSource,
+    placement: Placement,
+) -> Result<Box<dyn Encoder>> {
+    let weights = Weights::new(source, placement.options());
+    match config.str("model_type")? {
+        Some("clip_text_model") => Ok(Box::new(ClipText::load(config, &weights, placement)?)),
+        Some("clip_vision_model") => Ok(Box::new(ClipVision::load(config, &weights, placement)?)),
+        found => {
+            let what = format!("model_type `{}` as an encoder", found.unwrap_or("nothing"));
+            Err(Error::unsupported(what, "clip_text_model, clip_vision_model"))
+        }
     }
 }

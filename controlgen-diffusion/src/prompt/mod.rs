@@ -1,7 +1,19 @@
 //! Prompts, and what denoisers are told of them.
 
+mod clip;
+#[cfg(feature = "text")]
+mod t5;
+mod tokenizer;
+mod weighting;
+
 use controlgen_core::Result;
 use tch::Tensor;
+
+pub use clip::{ClipPairPrompt, ClipPrompt, LongPrompts};
+#[cfg(feature = "text")]
+pub use t5::T5Prompt;
+pub use tokenizer::ClipTokenizer;
+pub use weighting::{Weighted, apply_weights, parse_weights};
 
 /// Text to the conditions of a denoiser: a tokenizer and one encoder or more.
 ///

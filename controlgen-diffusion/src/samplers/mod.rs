@@ -11,6 +11,7 @@ mod lcm;
 mod pndm;
 mod threshold;
 mod unipc;
+mod watch;
 
 pub use ddim::Ddim;
 pub use ddpm::{Ddpm, Variance};
@@ -23,6 +24,7 @@ pub use lcm::Lcm;
 pub use pndm::Pndm;
 pub use threshold::{Threshold, Thresholded};
 pub use unipc::{UniPc, UniPcType};
+pub use watch::{Sampled, sample_watched};
 
 use controlgen_core::guidance::{Guided, Guider, Step};
 use controlgen_core::noise::NoiseSource;

@@ -36,6 +36,7 @@ pub struct Scheduler {
     table: Option<DiffusionSchedule>,
     grid: Grid,
     parameterisation: Parameterisation,
+    learned_variance: bool,
     sampler: Box<dyn Sampler>,
     /// Of classes that keep samples as x/α: whether they begin with σ · noise.
     scales: Option<bool>,
@@ -45,7 +46,7 @@ pub struct Scheduler {
 
 impl Scheduler {
     /// The classes that can be read.
-    pub const CLASSES: [&'static str; 10] = [
+    pub const CLASSES: [&'static str; 11] = [
         "DDPMScheduler",
         "DDIMScheduler",
         "EulerDiscreteScheduler",
@@ -56,6 +57,7 @@ impl Scheduler {
         "PNDMScheduler",
         "LCMScheduler",
         "FlowMatchEulerDiscreteScheduler",
+        "UnCLIPScheduler",
     ];
 
     /// Reads a file.
@@ -80,7 +82,7 @@ impl Scheduler {
         let Some(&class) = Self::CLASSES.iter().find(|class| **class == named) else {
             return Err(Error::unsupported(format!("scheduler `{named}`"), Self::CLASSES.join(", ")));
         };
-        match class {
+        let scheduler = match class {
             "DDPMScheduler" => ddpm(class, &fields),
             "DDIMScheduler" => ddim(class, &fields),
             "PNDMScheduler" => pndm(class, &fields),
@@ -88,8 +90,12 @@ impl Scheduler {
             "DPMSolverMultistepScheduler" => dpm_solver(class, &fields),
             "UniPCMultistepScheduler" => unipc(class, &fields),
             "FlowMatchEulerDiscreteScheduler" => flow_match(class, &fields),
+            "UnCLIPScheduler" => unclip(class, &fields),
             _ => k_diffusion(class, &fields),
-        }
+        }?;
+        // Solvers that do not use the variance cut it off all the same.
+        let learned_variance = fields.text("variance_type", "")?.starts_with("learned");
+        Ok(Self { learned_variance, ..scheduler })
     }
 
     /// The name of diffusers' class.
@@ -105,6 +111,26 @@ impl Scheduler {
     /// What the model predicts: `prediction_type`.
     pub fn parameterisation(&self) -> Parameterisation {
         self.parameterisation
+    }
+
+    /// Another handle.
+    #[must_use]
+    pub fn handle(&self) -> Self {
+        Self {
+            class: self.class,
+            table: self.table.clone(),
+            grid: self.grid.clone(),
+            parameterisation: self.parameterisation,
+            learned_variance: self.learned_variance,
+            sampler: (*self.sampler).handle(),
+            scales: self.scales,
+            ddim: self.ddim,
+        }
+    }
+
+    /// Whether the variance of a step is half of what the model puts out: `variance_type` `learned_range`.
+    pub fn learned_variance(&self) -> bool {
+        self.learned_variance
     }
 
     /// With this η of DDIM, which diffusers takes with each step; 0 unless it is said.
@@ -214,6 +240,28 @@ fn ddpm(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         grid: Grid::Whole { spacing: spacing(fields, "leading")?, last: NoiseLevel::CLEAN },
         parameterisation: parameterisation(fields, false)?,
         sampler: within(Ddpm::new(variance).with_noise_at_end(), threshold(fields, true)?),
+        learned_variance: false,
+        scales: None,
+        ddim: None,
+    })
+}
+
+/// DDPM as Karlo runs it: from the last timestep of training to the first, each step to the next.
+fn unclip(class: &'static str, fields: &Fields) -> Result<Scheduler> {
+    let betas = fields.text("beta_schedule", "squaredcos_cap_v2")?;
+    if betas != "squaredcos_cap_v2" {
+        return Err(fields.error("beta_schedule", "squaredcos_cap_v2", betas));
+    }
+    let variances = [("fixed_small_log", Variance::FixedSmall), ("learned_range", Variance::LearnedRange)];
+    let variance = fields.one_of("variance_type", "fixed_small_log", &variances)?;
+    let predicted = [("epsilon", Parameterisation::Epsilon), ("sample", Parameterisation::Sample)];
+    Ok(Scheduler {
+        class,
+        table: Some(table(fields, 1e-4, 0.02, betas)?),
+        grid: Grid::Whole { spacing: Spacing::Linspace, last: NoiseLevel::CLEAN },
+        parameterisation: fields.one_of("prediction_type", "epsilon", &predicted)?,
+        sampler: within(Ddpm::new(variance).with_noise_at_end(), threshold(fields, true)?),
+        learned_variance: false,
         scales: None,
         ddim: None,
     })
@@ -231,6 +279,7 @@ fn ddim(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         grid: Grid::Stride { spacing: spacing(fields, "leading")?, last },
         parameterisation: parameterisation(fields, false)?,
         sampler: Box::new(ddim),
+        learned_variance: false,
         scales: None,
         ddim: Some(ddim),
     })
@@ -249,6 +298,7 @@ fn pndm(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         grid: Grid::Whole { spacing: spacing(fields, "leading")?, last },
         parameterisation: parameterisation(fields, false)?,
         sampler: Box::new(Pndm::default().with_means_of_v()),
+        learned_variance: false,
         scales: None,
         ddim: None,
     })
@@ -264,6 +314,7 @@ fn lcm(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         table: Some(table),
         parameterisation: parameterisation(fields, false)?,
         sampler: within(lcm, threshold(fields, false)?),
+        learned_variance: false,
         scales: None,
         ddim: None,
     })
@@ -317,6 +368,7 @@ fn k_diffusion(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         grid: Grid::Sigmas(sigmas),
         parameterisation,
         sampler,
+        learned_variance: false,
         scales: Some(!matches!(spacing, Spacing::Leading { .. })),
         ddim: None,
     })
@@ -395,6 +447,7 @@ fn dpm_solver(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         table: Some(table),
         parameterisation: parameterisation(fields, true)?,
         sampler: within(solver, solver_threshold(fields)?),
+        learned_variance: false,
         scales: None,
         ddim: None,
     })
@@ -425,6 +478,7 @@ fn unipc(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         table: Some(table),
         parameterisation: parameterisation(fields, true)?,
         sampler: within(unipc, solver_threshold(fields)?),
+        learned_variance: false,
         scales: None,
         ddim: None,
     })
@@ -448,6 +502,7 @@ fn flow_match(class: &'static str, fields: &Fields) -> Result<Scheduler> {
         grid: Grid::Flow(flow),
         parameterisation: Parameterisation::Velocity,
         sampler: Box::new(euler),
+        learned_variance: false,
         scales: None,
         ddim: None,
     })

@@ -1,0 +1,117 @@
+//! diffusers' model_index.json.
+
+use std::path::{Path, PathBuf};
+
+use controlgen_core::{Autoencoder, Config, Denoiser, Error, Placement, Result};
+use serde_json::Value;
+
+use crate::{Predicts, Scheduler};
+
+/// A pipeline's directory: its class, and a folder for each component.
+pub(super) struct Directory {
+    path: PathBuf,
+    index: Config,
+    class: String,
+}
+
+impl Directory {
+    /// Opens the directory of a pipeline of one of these classes.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Format`]; [`Error::Unsupported`] for another class, naming those known.
+    pub(super) fn open(path: &Path, known: &[&str]) -> Result<Self> {
+        let index = Config::open(&path.join("model_index.json"))?;
+        let class = index.str("_class_name")?.unwrap_or("nothing").to_owned();
+        if !known.contains(&class.as_str()) {
+            return Err(Error::unsupported(format!("pipeline `{class}`"), known.join(", ")));
+        }
+        Ok(Self { path: path.to_owned(), index, class })
+    }
+
+    /// `_class_name`.
+    pub(super) fn class(&self) -> &str {
+        &self.class
+    }
+
+    /// What errors and parameters call it: the last part of its path.
+    pub(super) fn name(&self) -> String {
+        let name = self.path.canonicalize().ok();
+        let name = name.as_deref().unwrap_or(&self.path).file_name();
+        name.map_or_else(|| self.path.display().to_string(), |name| name.to_string_lossy().into_owned())
+    }
+
+    /// The fields of model_index.json itself.
+    pub(super) fn index(&self) -> &Config {
+        &self.index
+    }
+
+    /// The folder of a component.
+    pub(super) fn folder(&self, component: &str) -> PathBuf {
+        self.path.join(component)
+    }
+
+    /// Whether the index names a class for this component, and the folder is there.
+    pub(super) fn has(&self, component: &str) -> bool {
+        let named = self.index.get(component).and_then(Value::as_array);
+        let named = named.is_some_and(|pair| pair.iter().all(|part| !part.is_null()));
+        named && self.folder(component).is_dir()
+    }
+
+    /// Refuses a directory in which one of these is missing.
+    ///
+    /// # Errors
+    /// [`Error::Keys`], naming all that are missing.
+    pub(super) fn require(&self, components: &[&str]) -> Result<()> {
+        let missing = components.iter().filter(|component| !self.has(component));
+        let missing: Vec<String> = missing.map(|component| (*component).to_owned()).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let what = format!("components of {} in {}", self.class, self.path.display());
+        Err(Error::Keys { what, missing, unexpected: Vec::new() })
+    }
+
+    /// A component's config.json.
+    pub(super) fn config(&self, component: &str) -> Result<Config> {
+        Config::open(&self.folder(component).join("config.json"))
+    }
+
+    /// The component `scheduler`.
+    pub(super) fn scheduler(&self) -> Result<Scheduler> {
+        Scheduler::open(self.folder("scheduler").join("scheduler_config.json"))
+    }
+
+    /// A denoiser that predicts what the scheduler says. Where it puts out twice the channels that it takes, half of
+    /// them are a variance, whether the scheduler uses it or not.
+    pub(super) fn denoiser(
+        &self,
+        component: &str,
+        scheduler: &Scheduler,
+        placement: Placement,
+    ) -> Result<Box<dyn Denoiser>> {
+        let config = self.config(component)?;
+        let taken = config.int_if("in_channels", 1, i64::MAX)?;
+        let given = config.int_if("out_channels", 1, i64::MAX)?;
+        let twice = taken
+            .zip(given)
+            .is_some_and(|(taken, given)| given.checked_div(2) == Some(taken) && given % 2 == 0);
+        let predicts = Predicts {
+            parameterisation: scheduler.parameterisation(),
+            learned_variance: scheduler.learned_variance() || twice,
+        };
+        models::open_denoiser(&self.folder(component), predicts, placement)
+    }
+
+    /// The component `vae`.
+    pub(super) fn autoencoder(&self, placement: Placement) -> Result<Box<dyn Autoencoder>> {
+        models::open_autoencoder(&self.folder("vae"), placement)
+    }
+}
+
+mod models {
+    use super::*;
+    pub(super) use crate::models::open_denoiser;
+    pub(super) fn open_autoencoder(_: &Path, _: Placement) -> Result<Box<dyn Autoencoder>> {
+        Err(Error::unsupported("models", "none"))
+    }
+}
