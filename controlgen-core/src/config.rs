@@ -54,6 +54,11 @@ impl Config {
         self.fields.get(field).filter(|value| !value.is_null())
     }
 
+    /// Whether a field is there, be it null: some files tell null from what is left out.
+    pub fn has(&self, field: &str) -> bool {
+        self.fields.contains_key(field)
+    }
+
     /// A field that is an object.
     ///
     /// # Errors

@@ -12,6 +12,7 @@ use controlgen_text::models::{
 use tch::{Kind, Tensor};
 
 use super::arguments::Arguments;
+use super::denoise;
 use super::inputs::Inputs;
 
 /// The arguments of `forward` that decoders know.
@@ -37,9 +38,11 @@ pub fn run(arguments: &[String]) -> Result<()> {
     let placement = arguments.placement()?;
     let _guard = tch::no_grad_guard();
     let config = Config::open(&model.join("config.json"))?;
-    let found = match config.str("model_type")? {
-        Some("bert" | "roberta") => bert(&config, &model, &inputs, placement)?,
-        Some("t5") => t5(&config, &model, &inputs, placement)?,
+    let found = match (config.str("_class_name")?, config.str("model_type")?) {
+        // diffusers tells its models by their class, and not by a type.
+        (Some(_), None) => vec![output("sample", denoise::run(&config, &model, &inputs, placement)?)],
+        (_, Some("bert" | "roberta")) => bert(&config, &model, &inputs, placement)?,
+        (_, Some("t5")) => t5(&config, &model, &inputs, placement)?,
         _ => decoder(&model, &inputs, placement)?,
     };
     save(&outputs, &found, &[("format", "pt")])

@@ -26,6 +26,11 @@ impl Inputs {
         self.file.load(name)?.map(|tensor| Ok(tensor.f_to_device(self.placement.device)?)).transpose()
     }
 
+    /// A tensor as it is.
+    pub fn tensor(&self, name: &str) -> Result<Option<Tensor>> {
+        self.read(name)
+    }
+
     /// A tensor of integers, as int64.
     pub fn integers(&self, name: &str) -> Result<Option<Tensor>> {
         let Some(tensor) = self.read(name)? else { return Ok(None) };

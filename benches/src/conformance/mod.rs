@@ -1,6 +1,7 @@
 //! The conformance tool: one command line, so that anyone can hold controlgen against a peer.
 
 mod arguments;
+mod denoise;
 mod forward;
 mod generate;
 mod inputs;
@@ -12,7 +13,8 @@ use controlgen_core::{Error, Result};
 pub const USAGE: &str = "\
 conformance forward MODEL_DIR INPUTS.safetensors OUTPUTS.safetensors [--dtype f32|f16|bf16|f64] [--device cpu|cuda:0]
     Runs the model of MODEL_DIR/config.json once. Input tensors carry the names of the Hugging Face forward arguments
-    (input_ids, attention_mask, decoder_input_ids, …), outputs those of the output fields (logits, pooler_output, …).
+    (input_ids, attention_mask, decoder_input_ids, sample, timestep, encoder_hidden_states, text_embeds, time_ids, …),
+    outputs those of the output fields (logits, pooler_output, sample, …).
 conformance generate MODEL_DIR --prompt TEXT | --input-ids 1,2,3 [--config generation.json] [--seed S] \
 [--repeat R] [--dtype f32|f16|bf16|f64] [--device cpu|cuda:0]
     Completes a prompt; one JSON line on stdout. MODEL_DIR may be a GGUF file. --prompt and --input-ids may be given

@@ -10,7 +10,10 @@ mod resnet;
 mod sampling;
 mod scope;
 mod text;
+mod text_embedding;
 mod transformer_2d;
+mod unet;
+mod unet_config;
 
 pub use added_kv::{AddedKvAttention, AddedKvConfig, TextNorm};
 pub use attention::{SelfAttention, SelfAttentionConfig, from_tokens, heads, to_tokens};
@@ -19,7 +22,12 @@ pub use resnet::{Resize, ResnetBlock2d, ResnetConfig, TimeEmbedding, TimeNorm};
 pub use sampling::{Downsample2d, Upsample2d, average, nearest};
 pub use scope::Scope;
 pub use text::Text;
+pub use text_embedding::TextTimeEmbedding;
 pub use transformer_2d::{Transformer2d, Transformer2dConfig};
+pub use unet::{Known, UNet};
+pub use unet_config::{
+    Attends, BlockConfig, Fields, LevelConfig, Resample, UNetConfig, one_of, unknown_block,
+};
 
 use controlgen_core::{Pass, Result, is_recording};
 use tch::Tensor;
