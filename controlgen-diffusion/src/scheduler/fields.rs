@@ -96,7 +96,8 @@ impl Fields {
 
 /// The text with the infinities that Python writes bare, which are no JSON, as strings.
 fn quoted(text: &str) -> String {
-    let (mut out, mut inside, mut escaped, mut rest) = (String::with_capacity(text.len()), false, false, text);
+    let (mut out, mut inside, mut escaped, mut rest) =
+        (String::with_capacity(text.len()), false, false, text);
     while let Some(c) = rest.chars().next() {
         let word = ["-Infinity", "Infinity"].into_iter().find(|word| !inside && rest.starts_with(word));
         if let Some(word) = word {
