@@ -11,10 +11,10 @@ use super::write::planes;
 const BITS: u32 = 22;
 
 /// Images `[B, C, H, W]`, pixels in −1 ..= 1, at another size `[H', W']`: Lanczos' window of 3 lobes,
-/// w(x) = sinc(x) sinc(x / 3), stretched where the image shrinks, along rows and then along columns.
+/// w(x) = sinc(x) sinc(x / 3), stretched where the image shrinks, along one side and then the other.
 ///
-/// It works on levels 0 ..= 255, rounded after both passes, with weights in fixed point: bit by bit what Pillow's
-/// `resize` with `LANCZOS` does, which diffusers' pipelines use. Not differentiable.
+/// It works on levels 0 ..= 255, rounded after each pass, with weights in fixed point: bit by bit what `resize` with
+/// `LANCZOS` of Pillow 13 does, which diffusers' pipelines use. Not differentiable.
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Kind`] for no images; [`Error::NotFinite`]; [`Error::Value`] for a size below 1.
@@ -29,8 +29,18 @@ pub(super) fn resize_levels(levels: &Tensor, [height, width]: [i64; 2]) -> Resul
     if height < 1 || width < 1 {
         return Err(Error::value("size of an image", "[H, W], both >= 1", format!("[{height}, {width}]")));
     }
-    let wide = resample(levels, width)?; // (B, C, H, W')
-    Ok(resample(&wide.f_transpose(2, 3)?, height)?.f_transpose(2, 3)?.f_contiguous()?) // (B, C, H', W')
+    let shape = levels.size();
+    let (from_height, from_width) = (shape[2], shape[3]);
+    let along_columns = |t: &Tensor| -> Result<Tensor> {
+        Ok(resample(&t.f_transpose(2, 3)?, height)?.f_transpose(2, 3)?.f_contiguous()?)
+    };
+    // Pillow's order, which shows where levels are cut: the height comes first if it loses more than twice what the
+    // width does. Before version 13 the width always did.
+    if height < from_height && 2 * (from_width - width) < from_height - height {
+        resample(&along_columns(levels)?, width)
+    } else {
+        along_columns(&resample(levels, width)?)
+    }
 }
 
 /// The last dimension at another length.

@@ -1,5 +1,6 @@
 //! Denoisers, autoencoders and encoders, each read from top to bottom in one file. `blocks` is what they share.
 
+mod autoencoder_kl;
 mod blocks;
 mod clip;
 mod clip_text;
@@ -7,16 +8,19 @@ mod clip_vision;
 mod conditions;
 mod dit;
 mod prior_transformer;
+mod tiling;
 mod unclip_text_proj;
 mod unet_2d;
 mod unet_2d_condition;
 
+pub use autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
 pub use blocks::{Attends, BlockConfig, LevelConfig, Resample, TextNorm, TimeNorm, UNetConfig};
 pub use clip::ClipBlocks;
 pub use clip_text::{ClipLayer, ClipText, ClipTextConfig, ClipTextInput};
 pub use clip_vision::{ClipVision, ClipVisionConfig};
 pub use dit::{Dit, DitConfig};
 pub use prior_transformer::{PriorTransformer, PriorTransformerConfig};
+pub use tiling::Tiling;
 pub use unclip_text_proj::{UnClipConditions, UnClipTextProj, UnClipTextProjConfig};
 pub use unet_2d::{ClassEmbedding, UNet2d, UNet2dConfig};
 pub use unet_2d_condition::{AddedEmbedding, ClassLabels, UNet2dCondition, UNet2dConditionConfig};
@@ -25,7 +29,7 @@ use std::path::Path;
 
 use controlgen_core::checkpoint::{Safetensors, TensorSource, Weights};
 use controlgen_core::config::Config;
-use controlgen_core::{Denoiser, Encoder, Error, Parameterisation, Placement, Result};
+use controlgen_core::{Autoencoder, Denoiser, Encoder, Error, Parameterisation, Placement, Result};
 
 /// Opens the denoiser of a diffusers directory: config.json, and diffusion_pytorch_model.safetensors or its shards.
 ///
@@ -51,12 +55,16 @@ pub fn load_denoiser(
     predicts: Predicts,
     placement: Placement,
 ) -> Result<Box<dyn Denoiser>> {
-    let known = [unet_2d::CLASS_NAME, unet_2d_condition::CLASS_NAME, prior_transformer::CLASS_NAME];
+    let [dit, old_dit] = dit::CLASS_NAMES;
+    let (unets, prior) =
+        ([unet_2d::CLASS_NAME, unet_2d_condition::CLASS_NAME], prior_transformer::CLASS_NAME);
+    let known = [dit, old_dit, unets[0], unets[1], prior];
     let class = config
         .str("_class_name")?
         .ok_or_else(|| config.error("_class_name", format!("one of {}", known.join(", ")), "nothing"))?;
     let weights = Weights::new(source, placement.options());
     Ok(match class {
+        _ if dit::CLASS_NAMES.contains(&class) => Box::new(Dit::load(config, &weights, predicts, placement)?),
         unet_2d::CLASS_NAME => Box::new(UNet2d::load(config, &weights, predicts, placement)?),
         unet_2d_condition::CLASS_NAME => {
             Box::new(UNet2dCondition::load(config, &weights, predicts, placement)?)
@@ -66,6 +74,22 @@ pub fn load_denoiser(
         }
         other => return Err(Error::unsupported(format!("the denoiser class `{other}`"), known.join(", "))),
     })
+}
+
+/// Opens the autoencoder of a diffusers directory: config.json, and diffusion_pytorch_model.safetensors or its shards.
+///
+/// # Errors
+/// [`Error::Unsupported`] for a class that is not known, naming those that are; [`Error::Config`], [`Error::Keys`],
+/// [`Error::Shape`], [`Error::Format`], [`Error::Io`] for what is wrong with the files.
+pub fn open_autoencoder(directory: &Path, placement: Placement) -> Result<Box<dyn Autoencoder>> {
+    let (config, known) = (Config::open(&directory.join("config.json"))?, autoencoder_kl::CLASS_NAME);
+    match config.str("_class_name")? {
+        Some(class) if class == known => {}
+        Some(other) => return Err(Error::unsupported(format!("the autoencoder class `{other}`"), known)),
+        None => return Err(config.error("_class_name", known, "nothing")),
+    }
+    let source = Safetensors::open(directory)?;
+    Ok(Box::new(AutoencoderKl::load(&config, &Weights::new(&source, placement.options()), placement)?))
 }
 
 /// What a denoiser's own config.json does not say: it stands in the scheduler's file, or is known of the pipeline.

@@ -14,7 +14,7 @@ pub(super) struct Fields {
 
 impl Fields {
     pub(super) fn parse(file: &Path, text: &str) -> Result<Self> {
-        let value: Value = serde_json::from_str(text).map_err(|error| Error::format(file, error))?;
+        let value: Value = serde_json::from_str(&quoted(text)).map_err(|error| Error::format(file, error))?;
         let Value::Object(fields) = value else {
             return Err(Error::format(file, "expected a JSON object"));
         };
@@ -91,5 +91,38 @@ impl Fields {
             None | Some(Value::Bool(false)) => Ok(()),
             Some(value) => Err(Error::unsupported(format!("{}: `{field}`: {value}", self.file), instead)),
         }
+    }
+}
+
+/// The text with the infinities that Python writes bare, which are no JSON, as strings.
+fn quoted(text: &str) -> String {
+    let (mut out, mut inside, mut escaped, mut rest) =
+        (String::with_capacity(text.len()), false, false, text);
+    while let Some(c) = rest.chars().next() {
+        let word = ["-Infinity", "Infinity"].into_iter().find(|word| !inside && rest.starts_with(word));
+        if let Some(word) = word {
+            out.extend(["\"", word, "\""]);
+            rest = &rest[word.len()..];
+            continue;
+        }
+        inside ^= c == '"' && !escaped;
+        escaped = c == '\\' && !escaped;
+        out.push(c);
+        rest = &rest[c.len_utf8()..];
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn infinities_of_python_are_numbers() {
+        let text = r#"{"a": -Infinity, "b": [Infinity], "c\"\\": "Infinity, \" -Infinity"}"#;
+        let fields = Fields::parse(Path::new("f"), text).unwrap();
+        assert_eq!(fields.number("a", 0.0).unwrap(), f64::NEG_INFINITY);
+        assert_eq!(fields.get("b").unwrap()[0], "Infinity");
+        assert_eq!(fields.text("c\"\\", "").unwrap(), "Infinity, \" -Infinity");
     }
 }

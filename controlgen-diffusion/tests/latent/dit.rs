@@ -126,9 +126,9 @@ fn what_makes_no_sense_is_refused() {
         let error = load(&[(field, value)]);
         assert!(matches!(error, Error::Config { .. }), "{field}: {error}");
     }
-    assert!(matches!(load(&[("num_layers", json!(3))]), Error::Keys { missing, .. } if missing.len() == 18));
+    assert!(matches!(load(&[("num_layers", json!(3))]), Error::Keys { missing, .. } if missing.len() == 19));
     assert!(
-        matches!(load(&[("num_layers", json!(1))]), Error::Keys { unexpected, .. } if unexpected.len() == 18)
+        matches!(load(&[("num_layers", json!(1))]), Error::Keys { unexpected, .. } if unexpected.len() == 19)
     );
     assert!(matches!(load(&[("num_embeds_ada_norm", json!(6))]), Error::Shape { .. }));
     assert!(fixture("dit").exists());
