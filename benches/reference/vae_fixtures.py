@@ -1,8 +1,10 @@
 """Random small autoencoders, and what diffusers encodes and decodes with them, whole and in tiles.
 
     python vae_fixtures.py [NAME ...]
+    python vae_fixtures.py sd1 DIRECTORY
 
-writes controlgen-diffusion/tests/fixtures/NAME/. See README.md.
+writes controlgen-diffusion/tests/fixtures/NAME/, or a random autoencoder of Stable Diffusion 1's size for `vae-tiles`. See
+README.md.
 """
 
 import copy
@@ -83,6 +85,16 @@ def make(name):
           sample.std().item(), posterior.mean.std().item())
 
 
+def sd1(directory):
+    model = AutoencoderKL(down_block_types=[DOWN] * 4, up_block_types=[UP] * 4, block_out_channels=[128, 256, 512, 512],
+                          layers_per_block=2, norm_num_groups=32, latent_channels=4, sample_size=512)
+    randomise(model, 83)
+    model.save_pretrained(directory)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["sd1"]:
+        sd1(sys.argv[2])
+        raise SystemExit
     for name in sys.argv[1:] or MODELS:
         make(name)

@@ -12,6 +12,7 @@ use controlgen_text::models::{
 use tch::{Kind, Tensor};
 
 use super::arguments::Arguments;
+use super::autoencode;
 use super::denoise;
 use super::inputs::Inputs;
 
@@ -39,6 +40,7 @@ pub fn run(arguments: &[String]) -> Result<()> {
     let _guard = tch::no_grad_guard();
     let config = Config::open(&model.join("config.json"))?;
     let found = match (config.str("_class_name")?, config.str("model_type")?) {
+        (Some("AutoencoderKL"), None) => autoencode::run(&model, &inputs, placement)?,
         // diffusers tells its models by their class, and not by a type.
         (Some(_), None) => vec![output("sample", denoise::run(&config, &model, &inputs, placement)?)],
         (_, Some("bert" | "roberta")) => bert(&config, &model, &inputs, placement)?,

@@ -7,6 +7,7 @@
 
 mod forward;
 mod generate;
+mod latent;
 mod refusals;
 mod schedule;
 mod support;
