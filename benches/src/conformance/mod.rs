@@ -1,6 +1,7 @@
 //! The conformance tool: one command line, so that anyone can hold controlgen against a peer.
 
 mod arguments;
+mod autoencode;
 mod clip;
 mod denoise;
 mod forward;
