@@ -227,7 +227,7 @@ def outputs(found) -> dict:
 
 
 def text_inputs(generator: torch.Generator) -> dict:
-    """A framed batch padded with the end, as Stable Diffusion has it, and one with a mask and other lengths."""
+    """A framed batch padded with the end, as Stable Diffusion has it, and two with a mask: padded on the right, the left."""
     ids = torch.randint(3, 732, (3, 11), generator=generator)
     ids[:, 0] = 732
     for row, end in enumerate([10, 4, 7]):
@@ -239,7 +239,12 @@ def text_inputs(generator: torch.Generator) -> dict:
         masked[row, end] = 733
         masked[row, end + 1 :] = 0
         mask[row, end + 1 :] = 0
-    return {"plain": dict(input_ids=ids), "masked": dict(input_ids=masked, attention_mask=mask)}
+    left = torch.randint(3, 732, (3, 8), generator=generator)
+    left[:, -1] = 733
+    before = (torch.arange(8)[None] >= torch.tensor([[0], [3], [5]])).long()
+    left = torch.where(before == 1, left, 0)
+    given = {"left": dict(input_ids=left, attention_mask=before)}
+    return given | {"plain": dict(input_ids=ids), "masked": dict(input_ids=masked, attention_mask=mask)}
 
 
 def encoders():

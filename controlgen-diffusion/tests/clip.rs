@@ -52,7 +52,7 @@ const TEXTS: [&str; 3] = ["text_legacy", "text", "text_projection"];
 fn text_encoders_are_transformers() {
     for name in TEXTS {
         let (encoder, cases) = (text(name), tensors(fixture(name).join("cases.safetensors")));
-        for case in ["plain", "masked"] {
+        for case in ["plain", "masked", "left"] {
             let ids = &cases[&format!("{case}.input_ids")];
             let keep = cases.get(&format!("{case}.attention_mask")).map(|mask| mask.ne(0));
             let shown = |hidden: &Tensor| match &keep {

@@ -6,7 +6,7 @@
 //! `check` by how far the last call's output is from `output` of the inputs at most.
 
 use std::io::{BufRead, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -30,7 +30,7 @@ fn load(inputs: &Safetensors, name: &str) -> Result<Tensor> {
 }
 
 impl Step {
-    fn open(model: &PathBuf, inputs: &PathBuf) -> Result<Self> {
+    fn open(model: &Path, inputs: &Path) -> Result<Self> {
         let inputs = Safetensors::open(inputs)?;
         let model = open_denoiser(model, Predicts::EPSILON, Placement::CPU)?;
         let (sample, timestep) = (load(&inputs, "sample")?, load(&inputs, "timestep")?);

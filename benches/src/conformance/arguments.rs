@@ -8,26 +8,36 @@ use controlgen_core::{Error, Placement, Result, device, kind};
 pub struct Arguments {
     positional: Vec<String>,
     flags: Vec<(String, String)>,
+    switches: Vec<String>,
 }
 
 impl Arguments {
     /// Parses `arguments`, of which flags may be only those `known`.
     pub fn parse(arguments: &[String], known: &[&str]) -> Result<Self> {
-        let (mut positional, mut flags) = (Vec::new(), Vec::new());
+        Self::parse_with(arguments, known, &[])
+    }
+
+    /// Parses `arguments`, among them switches, which have no value.
+    pub fn parse_with(arguments: &[String], known: &[&str], switched: &[&str]) -> Result<Self> {
+        let (mut positional, mut flags, mut switches) = (Vec::new(), Vec::new(), Vec::new());
         let mut rest = arguments.iter();
         while let Some(argument) = rest.next() {
             let Some(flag) = argument.strip_prefix("--") else {
                 positional.push(argument.clone());
                 continue;
             };
+            if switched.contains(&flag) {
+                switches.push(flag.to_owned());
+                continue;
+            }
             if !known.contains(&flag) {
-                let expected = format!("one of --{}", known.join(", --"));
+                let expected = format!("one of --{}", [known, switched].concat().join(", --"));
                 return Err(Error::value("option", expected, argument));
             }
             let value = rest.next().ok_or_else(|| Error::value(format!("--{flag}"), "a value", "nothing"))?;
             flags.push((flag.to_owned(), value.clone()));
         }
-        Ok(Self { positional, flags })
+        Ok(Self { positional, flags, switches })
     }
 
     /// The positional arguments, of which there must be as many as names.
@@ -40,6 +50,11 @@ impl Arguments {
     /// The last value of a flag.
     pub fn get<'a>(&'a self, flag: &'a str) -> Option<&'a str> {
         self.all(flag).last()
+    }
+
+    /// Whether a switch is there.
+    pub fn has(&self, switch: &str) -> bool {
+        self.switches.iter().any(|found| found == switch)
     }
 
     /// All values of a flag.
@@ -59,5 +74,12 @@ impl Arguments {
             None => Ok(default),
             Some(text) => text.parse().map_err(|_| Error::value(format!("--{flag}"), "a number ≥ 0", text)),
         }
+    }
+
+    /// A real number, if the flag is there.
+    pub fn real(&self, flag: &str) -> Result<Option<f64>> {
+        let parse =
+            |text: &str| text.parse().map_err(|_| Error::value(format!("--{flag}"), "a number", text));
+        self.get(flag).map(parse).transpose()
     }
 }

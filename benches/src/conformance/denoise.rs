@@ -19,12 +19,17 @@ const FEATURES: [&str; 5] =
 /// What is predicted is nothing to one call. Channels beyond those of a sample are taken for a learned variance if
 /// they come out, and for a condition's if they go in, as they lie in `sample`.
 pub fn run(config: &Config, model: &Path, inputs: &Path, placement: Placement) -> Result<Tensor> {
-    let known = [&["sample", "timestep", "attention_mask"], &FEATURES[..]].concat();
+    let known = [&["sample", "hidden_states", "timestep", "attention_mask"], &FEATURES[..]].concat();
     let inputs = Inputs::open(inputs, placement, &known)?;
     let needed = |name: &str| {
         inputs.tensor(name)?.ok_or_else(|| Error::value("inputs", format!("`{name}`"), "none of this name"))
     };
-    let (sample, timestep) = (needed("sample")?, needed("timestep")?);
+    // Transformers call the sample so.
+    let sample = match inputs.tensor("hidden_states")? {
+        Some(sample) => sample,
+        None => needed("sample")?,
+    };
+    let timestep = needed("timestep")?;
     let &[batch, channels, ..] = sample.size().as_slice() else {
         return Err(Error::shape("sample", "[B, C, H, W]", &sample.size()));
     };
@@ -50,11 +55,14 @@ pub fn run(config: &Config, model: &Path, inputs: &Path, placement: Placement) -
     if let Some((name, odd)) = features.iter().find(|feature| feature.1.size().first() != Some(&batch)) {
         return Err(Error::shape(*name, format!("[{batch}, ..]"), &odd.size()));
     }
+    // The row of a transformer's table that stands for no class.
+    let none = config.int_if("num_embeds_ada_norm", 1, i64::from(u32::MAX))?;
     let condition = |row: i64| -> Result<Condition> {
         match &features[..] {
             [] => Ok(Condition::Null),
             [("class_labels", labels)] if labels.dim() == 1 && !labels.is_floating_point() => {
-                Ok(Condition::Class(labels.f_int64_value(&[row])?))
+                let class = labels.f_int64_value(&[row])?;
+                Ok(if none == Some(class) { Condition::Null } else { Condition::Class(class) })
             }
             _ => {
                 let feature = |(name, t): &(&str, Tensor)| Ok(((*name).to_owned(), t.f_get(row)?));

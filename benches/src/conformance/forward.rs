@@ -12,6 +12,7 @@ use controlgen_text::models::{
 use tch::{Kind, Tensor};
 
 use super::arguments::Arguments;
+use super::autoencode;
 use super::clip;
 use super::denoise;
 use super::inputs::Inputs;
@@ -41,6 +42,7 @@ pub fn run(arguments: &[String]) -> Result<()> {
     let config = Config::open(&model.join("config.json"))?;
     let found = match (config.str("_class_name")?, config.str("model_type")?) {
         // diffusers tells its models by their class, and not by a type.
+        (Some("AutoencoderKL"), None) => autoencode::run(&model, &inputs, placement)?,
         (Some("PriorTransformer"), None) => clip::prior(&model, &inputs, placement)?,
         (Some(_), None) => vec![output("sample", denoise::run(&config, &model, &inputs, placement)?)],
         (_, Some("bert" | "roberta")) => bert(&config, &model, &inputs, placement)?,

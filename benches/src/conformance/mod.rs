@@ -1,12 +1,14 @@
 //! The conformance tool: one command line, so that anyone can hold controlgen against a peer.
 
 mod arguments;
+mod autoencode;
 mod clip;
 mod denoise;
 mod forward;
 mod generate;
 mod inputs;
 mod schedule;
+mod text_to_image;
 
 use controlgen_core::{Error, Result};
 
@@ -23,7 +25,16 @@ conformance generate MODEL_DIR --prompt TEXT | --input-ids 1,2,3 [--config gener
 conformance schedule SCHEDULER_CONFIG.json INPUTS.safetensors OUTPUTS.safetensors --steps N [--eta E]
     Runs a scheduler of diffusers over given model outputs. In: sample [B, C, H, W], model_outputs [K, B, C, H, W] for
     the K calls in order (2 C channels with a learned variance), noise [K, B, C, H, W] where it is drawn. Out:
-    timesteps [K], samples [K, B, C, H, W] after each call.";
+    timesteps [K], samples [K, B, C, H, W] after each call.
+conformance text-to-image MODEL --prompt TEXT --out FILE.png [--steps N] [--guidance-scale S] [--seed K] [--torch-seed] \
+[--negative-prompt TEXT] [--images N] [--size HEIGHTxWIDTH] [--eta E] [--batch N] [--latents OUT.safetensors] \
+[--image FILE] [--mask FILE] [--strength S] [--class C] [--upscaler DIR] [--dtype f32|f16|bf16|f64] \
+[--device cpu|cuda:0]
+    Makes images with the pipeline of MODEL/model_index.json. --prompt may be given several times, --negative-prompt once
+    or as often; several images are FILE-0.png, FILE-1.png, …. --torch-seed draws the noise as PyTorch does from
+    torch.Generator().manual_seed(K). --image starts from an image, --mask paints where it is white. Of a pipeline
+    without prompts --images are made, or one for each --class, a number or a name. --upscaler names a next stage of
+    DeepFloyd IF. --latents: latents [N, C, H, W], in which the sampler ended.";
 
 /// Runs the tool.
 ///
@@ -34,13 +45,18 @@ pub fn run(arguments: &[String]) -> Result<()> {
         Some((command, rest)) if command == "forward" => forward::run(rest),
         Some((command, rest)) if command == "generate" => generate::run(rest),
         Some((command, rest)) if command == "schedule" => schedule::run(rest),
+        Some((command, rest)) if command == "text-to-image" => text_to_image::run(rest),
         Some((command, _)) if command == "help" || command == "--help" => {
             println!("{USAGE}");
             Ok(())
         }
         other => {
             let found = other.map_or("nothing", |(command, _)| command);
-            Err(Error::value("command", format!("forward, generate or schedule\n{USAGE}"), found))
+            Err(Error::value(
+                "command",
+                format!("forward, generate, schedule or text-to-image\n{USAGE}"),
+                found,
+            ))
         }
     }
 }

@@ -216,3 +216,25 @@ fn configurations_of_transformers_4_are_read() {
         assert!(difference(&logits, &cases["plain.logits"], None) <= 1e-4, "{model}");
     }
 }
+
+#[test]
+fn denoisers_predict_what_those_of_diffusers_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let (from, to) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
+    for name in ["unet_ddpm", "unet_adm", "unet_sdxl", "unet_if1", "unet_if2", "unet_karlo_decoder"] {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../controlgen-diffusion/tests/fixtures");
+        let model = model.join(name);
+        let mut inputs = read(&model.join("cases.safetensors"));
+        let expected = inputs.remove("output").unwrap();
+        write(&from, &inputs.iter().map(|(name, array)| (name.as_str(), array)).collect::<Vec<_>>());
+        let paths = [&model, &from, &to].map(|path| path.to_str().unwrap().to_owned());
+        benches::conformance::run(&[&["forward".to_owned()], &paths[..]].concat()).unwrap();
+        let outputs = read(&to);
+        assert_eq!(outputs.keys().collect::<Vec<_>>(), ["sample"], "{name}");
+        let found = &outputs["sample"];
+        assert_eq!(found.shape, expected.shape, "{name}");
+        let pairs = found.floats().into_iter().zip(expected.floats());
+        let distance = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(distance <= 2e-4, "{name}: {distance}");
+    }
+}

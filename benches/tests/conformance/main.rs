@@ -8,6 +8,7 @@
 mod clip;
 mod forward;
 mod generate;
+mod latent;
 mod refusals;
 mod schedule;
 mod support;

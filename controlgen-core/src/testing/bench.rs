@@ -17,7 +17,9 @@ use criterion::measurement::WallTime;
 use criterion::{BatchSize, BenchmarkGroup, BenchmarkId, Criterion, Throughput};
 use tch::{Kind, Tensor};
 
-use crate::{Error, LanguageModel, LmInput, Pass, Result, Rows, Source, State, TokenControl};
+use crate::{
+    Condition, Denoiser, Error, LanguageModel, LmInput, Pass, Result, Rows, Source, State, TokenControl,
+};
 
 /// How many tokens are read before a step of decoding is measured, context permitting.
 const PROMPT: i64 = 32;
@@ -120,6 +122,50 @@ pub fn bench_control<C: TokenControl>(
     Ok(())
 }
 
+/// Measures a denoiser, under `name`, at the size that it was made for:
+///
+/// - `prepare/n`: preparing the n conditions that are given;
+/// - `step/b`: a prediction for b = 1, 2 and 8 rows, which are under the conditions in turn.
+///
+/// Gradients are off, and each call is waited for by reading one of its numbers.
+///
+/// # Errors
+/// [`Error::Value`] for no conditions; the denoiser's, before or during a measurement.
+pub fn bench_denoiser(
+    c: &mut Criterion,
+    name: &str,
+    model: &dyn Denoiser,
+    conditions: &[Condition],
+) -> Result<()> {
+    if conditions.is_empty() {
+        return Err(Error::value("conditions", "one at least", 0));
+    }
+    let _no_gradients = tch::no_grad_guard();
+    let (spec, pass) = (model.spec(), Pass::default());
+    let options = (Kind::Float, spec.placement.device);
+    let mut group = c.benchmark_group(name);
+    let prepared = model.prepare(conditions, &pass)?;
+    measure(&mut group, BenchmarkId::new("prepare", conditions.len()), || {
+        model.prepare(conditions, &pass).map(drop)
+    })?;
+    for batch in [1u32, 2, 8] {
+        let rows = i64::from(batch);
+        let shape = [rows, spec.channels, spec.size[0], spec.size[1]];
+        let x = Tensor::f_arange(shape.iter().product::<i64>(), options)?.f_mul_scalar(12.9898)?.f_sin()?;
+        let (x, t) = (x.f_view(shape)?, Tensor::f_full([rows], 0.5, options)?);
+        let of = (0..rows).map(|row| row.rem_euclid(prepared.rows())).collect::<Vec<_>>();
+        let prepared = prepared.select(&of)?;
+        group.throughput(Throughput::Elements(u64::from(batch)));
+        measure(&mut group, BenchmarkId::new("step", batch), || {
+            let made = model.predict(&x, &t, &prepared, &pass)?.value;
+            std::hint::black_box(made.f_double_value(&[0, 0, 0, 0])?);
+            Ok(())
+        })?;
+    }
+    group.finish();
+    Ok(())
+}
+
 /// Token ids `[rows, len]` that vary.
 fn ids(model: &dyn LanguageModel, rows: i64, len: i64) -> Result<Tensor> {
     let spec = model.spec();
@@ -183,8 +229,8 @@ fn measure_after<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{TableLm, TableLmConfig};
-    use crate::{PerRow, RowControl};
+    use crate::testing::{Component, Mixture, MixtureDenoiser, TableLm, TableLmConfig};
+    use crate::{NoiseLevel, Parameterisation, PerRow, RowControl};
     use std::time::Duration;
 
     fn quick(folder: &std::path::Path) -> Criterion {
@@ -244,6 +290,19 @@ mod tests {
         assert_eq!(measured(folder.path(), "table"), expected);
         bench_control(&mut quick(folder.path()), "ban", &PerRow(Ban(2)), 5, 4).unwrap();
         assert_eq!(measured(folder.path(), "ban"), ["advance/4", "reorder/4", "score/4", "start/4"]);
+    }
+
+    #[test]
+    fn denoisers_are_measured() {
+        let folder = tempfile::tempdir().unwrap();
+        let of = |class| Component { mean: vec![1.0, -1.0], deviation: 0.5, weight: 1.0, class };
+        let mixture = Mixture::new([2, 1, 1], vec![of(0), of(1)]).unwrap();
+        let model = MixtureDenoiser::new(mixture, Parameterisation::Epsilon, NoiseLevel::from_flow).unwrap();
+        let conditions = [Condition::Null, Condition::Class(0)];
+        bench_denoiser(&mut quick(folder.path()), "mixture", &model, &conditions).unwrap();
+        assert_eq!(measured(folder.path(), "mixture"), ["prepare/2", "step/1", "step/2", "step/8"]);
+        let none = bench_denoiser(&mut quick(folder.path()), "none", &model, &[]);
+        assert!(matches!(none, Err(Error::Value { .. })));
     }
 
     #[test]

@@ -56,8 +56,9 @@ pub fn load_denoiser(
     placement: Placement,
 ) -> Result<Box<dyn Denoiser>> {
     let [dit, old_dit] = dit::CLASS_NAMES;
-    let known =
-        [dit, old_dit, prior_transformer::CLASS_NAME, unet_2d::CLASS_NAME, unet_2d_condition::CLASS_NAME];
+    let (unets, prior) =
+        ([unet_2d::CLASS_NAME, unet_2d_condition::CLASS_NAME], prior_transformer::CLASS_NAME);
+    let known = [dit, old_dit, unets[0], unets[1], prior];
     let class = config
         .str("_class_name")?
         .ok_or_else(|| config.error("_class_name", format!("one of {}", known.join(", ")), "nothing"))?;

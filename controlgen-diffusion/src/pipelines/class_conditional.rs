@@ -63,7 +63,7 @@ impl ClassConditional {
         Ok(Self { denoiser, scheduler, autoencoder, labels: Vec::new(), name: None })
     }
 
-    /// With another scheduler.
+    /// With another scheduler. What the denoiser predicts is what it was opened with, whatever the scheduler says.
     #[must_use]
     pub fn with_scheduler(self, scheduler: Scheduler) -> Self {
         Self { scheduler, ..self }

@@ -40,7 +40,7 @@ impl DdpmPipeline {
         Self { denoiser, scheduler, name: None }
     }
 
-    /// With another scheduler.
+    /// With another scheduler. What the denoiser predicts is what it was opened with, whatever the scheduler says.
     #[must_use]
     pub fn with_scheduler(self, scheduler: Scheduler) -> Self {
         Self { scheduler, ..self }

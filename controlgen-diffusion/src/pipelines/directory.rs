@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use controlgen_core::{Autoencoder, Config, Denoiser, Error, Placement, Result};
 use serde_json::Value;
 
-use crate::{Predicts, Scheduler};
+use crate::{Predicts, Scheduler, models};
 
 /// A pipeline's directory: its class, and a folder for each component.
 pub(super) struct Directory {
@@ -105,13 +105,5 @@ impl Directory {
     /// The component `vae`.
     pub(super) fn autoencoder(&self, placement: Placement) -> Result<Box<dyn Autoencoder>> {
         models::open_autoencoder(&self.folder("vae"), placement)
-    }
-}
-
-mod models {
-    use super::*;
-    pub(super) use crate::models::open_denoiser;
-    pub(super) fn open_autoencoder(_: &Path, _: Placement) -> Result<Box<dyn Autoencoder>> {
-        Err(Error::unsupported("models", "none"))
     }
 }

@@ -21,7 +21,9 @@ pub struct ImageToImage {
 impl TextToImage {
     /// Images of prompts that start from an image instead of noise: it is noised to the level of a later step, and
     /// denoised from there. Meng et al., "SDEdit: Guided Image Synthesis and Editing with Stochastic Differential
-    /// Equations" (2022), algorithm 1. The steps that are taken are the last ⌊`strength` · n⌋ of n.
+    /// Equations" (2022), algorithm 1. The steps that are taken are the last ⌊`strength` · n⌋ of n. With PNDM the images
+    /// are not diffusers', which begins in a list where one timestep stands twice, and from then on takes the sample for
+    /// one of less noise than it has.
     ///
     /// # Errors
     /// [`Error::Value`] for a strength that leaves no step; [`Error::Shape`], [`Error::Kind`], [`Error::NotFinite`]

@@ -126,7 +126,7 @@ impl TextToImage {
         Self { defaults, ..self }
     }
 
-    /// With another scheduler.
+    /// With another scheduler. What the denoiser predicts is what it was opened with, whatever the scheduler says.
     #[must_use]
     pub fn with_scheduler(self, scheduler: Scheduler) -> Self {
         Self { scheduler, ..self }

@@ -1,8 +1,9 @@
 //! Images with PyTorch's generator are those of diffusers: `benches/reference/pipeline_fixtures.py`.
 
+use std::path::Path;
+
 use controlgen_core::Placement;
 use controlgen_core::checkpoint::{Safetensors, TensorSource};
-use controlgen_diffusion::Scheduler;
 use controlgen_diffusion::pipelines::{
     ClassConditional, DdpmPipeline, ImageToImage, Images, Inpainting, Prompts, Run, Seeds, TextToImage,
 };
@@ -60,17 +61,20 @@ fn prompts(case: &Value) -> Prompts {
     prompts
 }
 
-/// Every case of a pipeline; `make` runs one, with the scheduler that it asks for.
-fn check(name: &str, make: impl Fn(&Value, Option<Scheduler>, &dyn Fn(&str) -> Tensor) -> Images) {
+/// Every case of a pipeline; `make` runs one of the directory that it is given.
+fn check(name: &str, make: impl Fn(&Value, &Path, &dyn Fn(&str) -> Tensor) -> Images) {
     let cases: Value =
         serde_json::from_str(&std::fs::read_to_string(fixtures(name).join("cases.json")).unwrap()).unwrap();
     let truth = Safetensors::open(&fixtures(name).join("cases.safetensors")).unwrap();
     let load = |tensor: &str| truth.load(tensor).unwrap().unwrap();
     for (case, request) in cases.as_object().unwrap() {
-        let scheduler = request["scheduler"].as_str().map(|scheduler| {
-            Scheduler::open(fixtures(name).join("scheduler").join(format!("{scheduler}.json"))).unwrap()
-        });
-        let images = make(request, scheduler, &load);
+        let folder = directory(name);
+        if let Some(scheduler) = request["scheduler"].as_str() {
+            let schedulers = folder.path().join("scheduler");
+            let own = schedulers.join("scheduler_config.json");
+            std::fs::copy(schedulers.join(format!("{scheduler}.json")), own).unwrap();
+        }
+        let images = make(request, folder.path(), &load);
         assert_eq!(images.finished as i64, images.latents.size()[0]);
         let mut compared = 0;
         for (what, found) in [("latents", &images.latents), ("pixels", images.pixels.as_ref().unwrap())] {
@@ -89,12 +93,8 @@ fn check(name: &str, make: impl Fn(&Value, Option<Scheduler>, &dyn Fn(&str) -> T
 }
 
 fn check_text_to_image(name: &str) {
-    let folder = directory(name);
-    check(name, |case, scheduler, load| {
-        let mut pipeline = TextToImage::open(folder.path(), Placement::CPU).unwrap();
-        if let Some(scheduler) = scheduler {
-            pipeline = pipeline.with_scheduler(scheduler);
-        }
+    check(name, |case, folder, load| {
+        let pipeline = TextToImage::open(folder, Placement::CPU).unwrap();
         let strength = case["strength"].as_f64().unwrap_or(1.0);
         match case["how"].as_str().unwrap() {
             "text" => pipeline.run(prompts(case), run(case)),
@@ -128,25 +128,17 @@ fn stable_diffusion_xl_is_that_of_diffusers() {
 
 #[test]
 fn ddpm_is_that_of_diffusers() {
-    let folder = directory("ddpm");
-    check("ddpm", |case, scheduler, _| {
-        let mut pipeline = DdpmPipeline::open(folder.path(), Placement::CPU).unwrap();
-        if let Some(scheduler) = scheduler {
-            pipeline = pipeline.with_scheduler(scheduler);
-        }
+    check("ddpm", |case, folder, _| {
+        let pipeline = DdpmPipeline::open(folder, Placement::CPU).unwrap();
         pipeline.run(case["images"].as_u64().unwrap() as usize, run(case)).unwrap()
     });
 }
 
 #[test]
 fn dit_is_that_of_diffusers() {
-    let folder = directory("dit");
-    check("dit", |case, scheduler, _| {
-        let mut pipeline = ClassConditional::open(folder.path(), Placement::CPU).unwrap();
+    check("dit", |case, folder, _| {
+        let pipeline = ClassConditional::open(folder, Placement::CPU).unwrap();
         assert_eq!((pipeline.class("Tinca tinca").unwrap(), pipeline.class("cock").unwrap()), (3, 7));
-        if let Some(scheduler) = scheduler {
-            pipeline = pipeline.with_scheduler(scheduler);
-        }
         pipeline.run(&integers(&case["classes"]), run(case)).unwrap()
     });
 }

@@ -91,7 +91,7 @@ impl Attend {
 enum Resampler {
     Down(Downsample2d),
     Up(Upsample2d),
-    Resnet(ResnetBlock2d),
+    Resnet(Box<ResnetBlock2d>),
 }
 
 impl Resampler {
@@ -99,7 +99,7 @@ impl Resampler {
         match self {
             Self::Down(layer) => Self::Down(layer.handle()),
             Self::Up(layer) => Self::Up(layer.handle()),
-            Self::Resnet(layer) => Self::Resnet(layer.handle()),
+            Self::Resnet(layer) => Self::Resnet(Box::new(layer.handle())),
         }
     }
 
@@ -107,7 +107,7 @@ impl Resampler {
         Ok(match self {
             Self::Down(layer) => Self::Down(layer.map_weights(f)?),
             Self::Up(layer) => Self::Up(layer.map_weights(f)?),
-            Self::Resnet(layer) => Self::Resnet(layer.map_weights(f)?),
+            Self::Resnet(layer) => Self::Resnet(Box::new(layer.map_weights(f)?)),
         })
     }
 
@@ -161,7 +161,8 @@ impl Block {
         let resampler = match (block.resample, resize) {
             (Resample::None, _) | (_, Resize::Keep) => None,
             (Resample::Resnet, _) => {
-                Some(Resampler::Resnet(ResnetBlock2d::load(scope.below(name), resnet((last, last), resize))?))
+                let block = ResnetBlock2d::load(scope.below(name), resnet((last, last), resize))?;
+                Some(Resampler::Resnet(Box::new(block)))
             }
             (Resample::Conv, Resize::Down) => {
                 Some(Resampler::Down(Downsample2d::load(scope.below(name), last, c.downsample_padding)?))
