@@ -295,7 +295,7 @@ impl Dit {
         let mut first = None;
         for (i, block) in self.blocks.iter().enumerate() {
             let emb = block.embedding(&t, &classes.f_select(1, i as i64)?, pass)?;
-            x = block.forward(x, &emb, c, pass)?;
+            x = block.forward(&x, &emb, c, pass)?;
             first.get_or_insert(emb);
         }
         if let Some(emb) = first {
@@ -342,21 +342,21 @@ impl Block {
     }
 
     /// `[B, T, D] → [B, T, D]`, with the embedding `[B, D]`.
-    fn forward(&self, x: Tensor, emb: &Tensor, c: &DitConfig, pass: &Pass<'_>) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, emb: &Tensor, c: &DitConfig, pass: &Pass<'_>) -> Result<Tensor> {
         let (b, t, d) = x.size3()?;
         let parts = self.modulation.forward(emb, pass)?.f_unsqueeze(1)?.f_chunk(6, -1)?; // of (B, 1, D)
         let [shift_attention, scale_attention, gate_attention, shift_ff, scale_ff, gate_ff] = &parts[..]
         else {
             return Err(Error::shape("modulation", format!("[{b}, 1, {}]", 6 * d), &[parts.len() as i64]));
         };
-        let y = self.norm1.forward(&x)?;
+        let y = self.norm1.forward(x)?;
         let qkv = self.qkv.forward(&modulate(&y, shift_attention, scale_attention)?, pass)?;
         let qkv = qkv.f_view([b, t, 3, c.num_attention_heads, -1])?;
         let part = |n| qkv.f_select(2, n)?.f_transpose(1, 2); // (B, H, T, hd)
         let attn = Attn { q: part(0)?, k: part(1)?, v: part(2)?, mask: Mask::Full, scale: None };
         let y = pass.attention(self.attention, attn)?.f_transpose(1, 2)?.f_reshape([b, t, d])?;
         let y = gated(self.to_out.forward(&y, pass)?, gate_attention, pass)?;
-        let x = add(pass.hidden(self.attention_branch, y, &x)?, &x, pass)?;
+        let x = add(pass.hidden(self.attention_branch, y, x)?, x, pass)?;
 
         let y = modulate(&self.norm3.forward(&x)?, shift_ff, scale_ff)?;
         let y = self.ff_in.forward(&y, pass)?; // (B, T, 4 D)
