@@ -90,7 +90,7 @@ impl Upsample2d {
     /// # Errors
     /// The controls' and LibTorch's.
     pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        self.conv.forward(&nearest(x)?, pass)
+        self.conv.forward_upsampled(x, pass)
     }
 
     /// A handle with other weights.
