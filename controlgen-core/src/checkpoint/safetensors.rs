@@ -12,7 +12,9 @@ use crate::sys::Map;
 use crate::{Error, Result};
 
 /// The names under which libraries save a model, without endings: transformers' and diffusers'.
-const STEMS: [&str; 2] = ["model", "diffusion_pytorch_model"];
+///
+/// Of a model that is there in half precision alone, that.
+const STEMS: [&str; 4] = ["model", "diffusion_pytorch_model", "model.fp16", "diffusion_pytorch_model.fp16"];
 /// More files than any checkpoint is cut into.
 const MAX_SHARDS: usize = 1000;
 /// The usual names and endings of files that hold pickles.
@@ -33,7 +35,7 @@ struct Shard {
 
 impl Safetensors {
     /// Opens a checkpoint: a `.safetensors` file, an index (`.safetensors.index.json`) with its shards beside
-    /// it, or a directory that holds either under the name `model` or `diffusion_pytorch_model`.
+    /// it, or a directory that holds either under the name `model` or `diffusion_pytorch_model`, or only their variants `.fp16`.
     ///
     /// The headers are checked: that no tensor is there twice, that shapes, element types and offsets agree,
     /// and that the data fill the file exactly.
@@ -52,7 +54,7 @@ impl Safetensors {
                 return Self::open_file(&found);
             }
         }
-        Err(Self::nothing_found(path, STEMS[0]))
+        Err(Self::nothing_found(path, &STEMS[..2].join(".safetensors, nor ")))
     }
 
     /// Opens the checkpoint in a directory that is called `stem`.safetensors, or has the index

@@ -10,6 +10,9 @@ use super::write::planes;
 /// Bits after the point of a weight.
 const BITS: u32 = 22;
 
+/// Pixels along a side, at most.
+const LARGEST: i64 = 1 << 16;
+
 /// Images `[B, C, H, W]`, pixels in −1 ..= 1, at another size `[H', W']`: Lanczos' window of 3 lobes,
 /// w(x) = sinc(x) sinc(x / 3), stretched where the image shrinks, along one side and then the other.
 ///
@@ -17,7 +20,7 @@ const BITS: u32 = 22;
 /// `LANCZOS` of Pillow 13 does, which diffusers' pipelines use. Not differentiable.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::Kind`] for no images; [`Error::NotFinite`]; [`Error::Value`] for a size below 1.
+/// [`Error::Shape`], [`Error::Kind`] for no images; [`Error::NotFinite`]; [`Error::Value`] for a size outside 1 ..= 65536.
 pub fn resize(images: &Tensor, size: [i64; 2]) -> Result<Tensor> {
     let resized = resize_levels(&planes(images)?, size)?.f_to_device(images.device())?;
     let unit = resized.f_to_kind(Kind::Float)?.f_div_scalar(255.0)?;
@@ -26,8 +29,9 @@ pub fn resize(images: &Tensor, size: [i64; 2]) -> Result<Tensor> {
 
 /// u8 `[B, C, H, W]` to `[B, C, H', W']`, on the CPU.
 pub(super) fn resize_levels(levels: &Tensor, [height, width]: [i64; 2]) -> Result<Tensor> {
-    if height < 1 || width < 1 {
-        return Err(Error::value("size of an image", "[H, W], both >= 1", format!("[{height}, {width}]")));
+    if ![height, width].iter().all(|side| (1..=LARGEST).contains(side)) {
+        let expected = format!("[H, W], both in 1 ..= {LARGEST}");
+        return Err(Error::value("size of an image", expected, format!("[{height}, {width}]")));
     }
     let shape = levels.size();
     let (from_height, from_width) = (shape[2], shape[3]);

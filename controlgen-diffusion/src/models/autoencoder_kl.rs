@@ -330,7 +330,7 @@ impl Half {
         for level in &self.up {
             x = level.forward(x, pass)?;
             if let Some(resize) = &level.resize {
-                x = resize.forward(&x, pass)?; // (.., 2 H, 2 W)
+                x = resize.forward(&x, None, pass)?; // (.., 2 H, 2 W)
             }
         }
         x = self.conv_norm_out.activated(&x, Activation::Silu)?;

@@ -231,7 +231,8 @@ impl ClipVision {
             return Err(Error::Kind { what: "images".into(), expected, found });
         }
         pass.check(&self.sites, b)?;
-        let pixels = pixel_values.f_to_kind(self.spec.placement.kind)?;
+        let pixels =
+            pixel_values.f_to_device(self.spec.placement.device)?.f_to_kind(self.spec.placement.kind)?;
         let patches = self.patch_embedding.forward(&pixels, pass)?; // (B, D, h, w)
         let patches = patches.f_flatten(2, 3)?.f_transpose(1, 2)?; // (B, N, D)
         let class = self.class_embedding.f_expand([b, 1, c.blocks.hidden_size], false)?;
@@ -274,7 +275,7 @@ impl Encoder for ClipVision {
         if pixels.size().get(1) != Some(&self.config.num_channels) || !pixels.is_floating_point() {
             return self.forward(pixels, pass); // which says what is wrong
         }
-        let pixels = pixels.f_to_kind(self.spec.placement.kind)?;
+        let pixels = pixels.f_to_device(self.spec.placement.device)?.f_to_kind(self.spec.placement.kind)?;
         self.forward(&pixels.f_mul(&self.scale)?.f_add(&self.shift)?, pass)
     }
 

@@ -119,6 +119,8 @@ impl UNet2dConfig {
                 Some(BlockConfig { scale, ..plain(2, attends, Resample::None) })
             }
         };
+        // diffusers has SiLU there, whatever `act_fn` says.
+        let network = UNetConfig { out_act: Activation::Silu, ..fields.network(blocks, mid)? };
         let classes = config.int_if("num_class_embeds", 1, limits::VOCAB)?;
         let class_embedding = match (config.str("class_embed_type")?, classes) {
             (None, None) => ClassEmbedding::None,
@@ -130,12 +132,12 @@ impl UNet2dConfig {
             }
         };
         Ok(Self {
-            sample_size: fields.sample_size()?,
+            sample_size: fields.sample_size(network.multiple)?,
             center_input_sample: config.bool("center_input_sample", false)?,
             flip_sin_to_cos: config.bool("flip_sin_to_cos", true)?,
             freq_shift: config.number("freq_shift", 0.0)?,
             class_embedding,
-            network: fields.network(blocks, mid)?,
+            network,
         })
     }
 }

@@ -224,14 +224,21 @@ impl UNet2dConditionConfig {
                 _ => middle(1, Attends::Nothing),
             }),
         };
-        let network = fields.network(blocks, mid)?;
+        let mut network = fields.network(blocks, mid)?;
+        // What is enlarged by a convolution takes the size of what is put beside it.
+        let resized = |block: &BlockConfig| block.resample == Resample::Resnet;
+        if network.downsample_padding == 1
+            && !network.blocks.iter().any(|level| resized(&level.down) || resized(&level.up))
+        {
+            network.multiple = 1;
+        }
         let inner = text[0];
         let encoder_hid = config.int_if("encoder_hid_dim", 1, limits::WIDTH)?;
         one_of(config, "encoder_hid_dim_type", "text_proj", &["text_proj"])?;
         let act = |field: &str| config.str(field)?.map(Activation::from_name).transpose();
         let text_width = encoder_hid.unwrap_or(inner);
         Ok(Self {
-            sample_size: fields.sample_size()?,
+            sample_size: fields.sample_size(network.multiple)?,
             center_input_sample: config.bool("center_input_sample", false)?,
             flip_sin_to_cos: config.bool("flip_sin_to_cos", true)?,
             freq_shift: config.number("freq_shift", 0.0)?,

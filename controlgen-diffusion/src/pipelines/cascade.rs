@@ -116,7 +116,7 @@ impl Upscaler {
         let spec = self.denoiser.spec();
         let x = batch.normal(&[spec.channels, spec.size[0], spec.size[1]], spec.placement)?;
         let x = x.f_mul_scalar(self.scheduler.initial_deviation(&way.steps))?;
-        let large = enlarged(images, spec.size)?;
+        let large = enlarged(&images.f_to_device(spec.placement.device)?, spec.size)?;
         let noise = batch.normal(&large.size()[1..], spec.placement)?;
         let Some(schedule) = self.noising.schedule() else {
             return Err(Error::value("the noising scheduler", "one with a schedule of betas", "a flow"));

@@ -102,7 +102,7 @@ impl ClassConditional {
     /// otherwise.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a class that the model does not have; else as
+    /// [`Error::Value`] for a class that the model does not have; else as
     /// [`TextToImage::run`](super::TextToImage::run).
     pub fn run(&self, classes: &[i64], mut run: Run<'_>) -> Result<Images> {
         let watch = run.watch();

@@ -16,6 +16,7 @@ use crate::image::Parameters;
 pub struct DdpmPipeline {
     denoiser: Box<dyn Denoiser>,
     scheduler: Scheduler,
+    steps: usize,
     name: Option<String>,
 }
 
@@ -32,12 +33,13 @@ impl DdpmPipeline {
         directory.require(&["unet", "scheduler"])?;
         let scheduler = directory.scheduler()?;
         let denoiser = directory.denoiser("unet", &scheduler, placement)?;
-        Ok(Self { name: Some(directory.name()), ..Self::new(denoiser, scheduler) })
+        let steps = if directory.class() == "DDIMPipeline" { 50 } else { 1000 };
+        Ok(Self { name: Some(directory.name()), steps, ..Self::new(denoiser, scheduler) })
     }
 
     /// Puts components together.
     pub fn new(denoiser: Box<dyn Denoiser>, scheduler: Scheduler) -> Self {
-        Self { denoiser, scheduler, name: None }
+        Self { denoiser, scheduler, steps: 1000, name: None }
     }
 
     /// With another scheduler. What the denoiser predicts is what it was opened with, whatever the scheduler says.
@@ -50,7 +52,7 @@ impl DdpmPipeline {
     #[must_use]
     pub fn share(&self) -> Self {
         let (denoiser, scheduler) = ((*self.denoiser).handle(), self.scheduler.handle());
-        Self { denoiser, scheduler, name: self.name.clone() }
+        Self { denoiser, scheduler, steps: self.steps, name: self.name.clone() }
     }
 
     /// The denoiser, to whose sites controls are bound.
@@ -58,7 +60,7 @@ impl DdpmPipeline {
         &*self.denoiser
     }
 
-    /// So many images; in 1000 steps, of the size that the model was made for, unless the run says otherwise.
+    /// So many images; in 1000 steps (50 of a `DDIMPipeline`), of the size that the model was made for, unless the run says otherwise.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a guidance scale, as there is no condition; else as
@@ -73,7 +75,7 @@ impl DdpmPipeline {
         }
         let spec = self.denoiser.spec();
         let shape = super::sample_shape(&*self.denoiser, None, run.size.unwrap_or(spec.size))?;
-        let way = run.way(&self.scheduler, 1000)?;
+        let way = run.way(&self.scheduler, self.steps)?;
         let way = run.denoise(&*self.denoiser, way, 1.0);
         let null = || vec![Condition::Null];
         // A stage of guidance may name both of its conditions.

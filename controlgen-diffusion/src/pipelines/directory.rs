@@ -45,16 +45,18 @@ impl Directory {
         &self.index
     }
 
-    /// The folder of a component.
+    /// The folder of a component; or the directory itself where there is none, as old ones of one model have it.
     pub(super) fn folder(&self, component: &str) -> PathBuf {
-        self.path.join(component)
+        let folder = self.path.join(component);
+        if folder.is_dir() { folder } else { self.path.clone() }
     }
 
-    /// Whether the index names a class for this component, and the folder is there.
+    /// Whether the index names a class for this component, and its files are there.
     pub(super) fn has(&self, component: &str) -> bool {
         let named = self.index.get(component).and_then(Value::as_array);
         let named = named.is_some_and(|pair| pair.iter().all(|part| !part.is_null()));
-        named && self.folder(component).is_dir()
+        let file = if component.ends_with("scheduler") { "scheduler_config.json" } else { "config.json" };
+        named && (self.path.join(component).is_dir() || self.path.join(file).exists())
     }
 
     /// Refuses a directory in which one of these is missing.

@@ -62,9 +62,9 @@ impl TextToImage {
                 Ok(images.f_expand(shape, false)?)
             }
             Some(autoencoder) => {
-                let placement = autoencoder.spec().placement;
-                let images = images.f_to_device(placement.device)?.f_to_kind(placement.kind)?;
-                batch.sample(&autoencoder.encode(&images)?)
+                let own = autoencoder.spec().placement;
+                let images = images.f_to_device(own.device)?.f_to_kind(own.kind)?;
+                Ok(batch.sample(&autoencoder.encode(&images)?)?.f_to_device(placement.device)?)
             }
         }
     }

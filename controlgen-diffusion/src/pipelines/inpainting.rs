@@ -52,7 +52,7 @@ impl TextToImage {
         job.way.steps = from_strength(&job.way.steps, from.strength)?.to_vec();
         let first = job.way.steps[0];
         let device = self.denoiser.spec().placement.device;
-        let whole = from.mask.f_ge(0.5)?.f_to_kind(Kind::Float)?;
+        let whole = from.mask.f_to_device(from.image.device())?.f_ge(0.5)?.f_to_kind(Kind::Float)?;
         let masked = from.image.f_mul(&whole.f_neg()?.f_add_scalar(1.0)?)?;
         // Of the numbers that a latent stands for, the one at the top left.
         let small = whole.f_upsample_nearest2d([height, width], None, None)?.f_to_device(device)?;

@@ -2,6 +2,9 @@
 
 use controlgen_core::{Error, ImageRequest, Result};
 
+/// Images of a run, at most.
+pub(super) const MOST: usize = 1 << 20;
+
 /// Prompts, and what is to be avoided: one image a prompt, or several.
 ///
 /// ```
@@ -13,7 +16,7 @@ use controlgen_core::{Error, ImageRequest, Result};
 pub struct Prompts {
     pub(super) prompts: Vec<String>,
     /// None, one for all, or one a prompt.
-    pub(super) negatives: Vec<String>,
+    pub(super) negatives: Vec<Option<String>>,
     pub(super) images: usize,
     /// Height and width that the images are said to have had before they were cut to size: SDXL.
     pub(super) original_size: Option<[i64; 2]>,
@@ -32,13 +35,13 @@ impl Prompts {
     /// prompt, or from zeros where the pipeline says so (`force_zeros_for_empty_prompt`).
     #[must_use]
     pub fn negative(self, prompt: impl Into<String>) -> Self {
-        Self { negatives: vec![prompt.into()], ..self }
+        Self { negatives: vec![Some(prompt.into())], ..self }
     }
 
     /// What is to be avoided, one a prompt.
     #[must_use]
     pub fn negatives<S: Into<String>>(self, prompts: impl IntoIterator<Item = S>) -> Self {
-        Self { negatives: prompts.into_iter().map(Into::into).collect(), ..self }
+        Self { negatives: prompts.into_iter().map(|prompt| Some(prompt.into())).collect(), ..self }
     }
 
     /// So many images a prompt, one after the other; 1 unless said.
@@ -66,10 +69,11 @@ impl Prompts {
             return Err(Error::value("negative prompts", format!("none, one or {prompts}"), negatives));
         }
         match prompts.checked_mul(self.images) {
-            Some(images) if images > 0 => Ok(images),
+            Some(images) if (1..=MOST).contains(&images) => Ok(images),
             _ => {
                 let found = format!("{prompts} prompts, {} images each", self.images);
-                Err(Error::value("prompts", "at least one, of at least one image", found))
+                let expected = format!("at least one, of at least one image, and at most {MOST} images");
+                Err(Error::value("prompts", expected, found))
             }
         }
     }
@@ -82,7 +86,7 @@ impl Prompts {
     /// What is to be avoided in an image, where it was said.
     pub(super) fn negative_of(&self, image: usize) -> Option<&str> {
         let of = if self.negatives.len() == 1 { 0 } else { image.checked_div(self.images).unwrap_or(0) };
-        self.negatives.get(of).map(String::as_str)
+        self.negatives.get(of)?.as_deref()
     }
 }
 
@@ -102,9 +106,9 @@ impl From<String> for Prompts {
 impl From<&[ImageRequest]> for Prompts {
     fn from(requests: &[ImageRequest]) -> Self {
         let prompts = Self::new(requests.iter().map(|request| request.prompt.as_str()));
-        if requests.iter().all(|request| request.negative_prompt.is_empty()) {
-            return prompts;
-        }
-        prompts.negatives(requests.iter().map(|request| request.negative_prompt.as_str()))
+        // None was said where it is empty, whatever the others say.
+        let said =
+            |request: &ImageRequest| Some(request.negative_prompt.clone()).filter(|text| !text.is_empty());
+        Self { negatives: requests.iter().map(said).collect(), ..prompts }
     }
 }

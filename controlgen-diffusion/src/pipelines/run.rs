@@ -6,6 +6,7 @@ use controlgen_core::{Controls, Denoiser, Error, Guidance, Result};
 use tch::Tensor;
 
 use super::batch::{Batch, Denoise, Source};
+use super::prompts::MOST;
 use crate::{Sampler, Scheduler};
 
 /// Where the noise of each image comes from.
@@ -237,8 +238,10 @@ impl Watch<'_> {
     ) -> Result<Vec<T>> {
         let _no_gradients = tch::no_grad_guard();
         let size = run.batch.min(images);
-        if size == 0 {
-            return Err(Error::value("images, and images at once", ">= 1", size));
+        if size == 0 || images > MOST {
+            let expected = format!("both >= 1, and at most {MOST} images");
+            let found = format!("{images} images, {size} at once");
+            return Err(Error::value("images, and images at once", expected, found));
         }
         let source = |first: usize| {
             let rows = first..(first + size).min(images);

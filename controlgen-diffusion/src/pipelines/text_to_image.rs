@@ -71,6 +71,10 @@ impl TextToImage {
         let path = path.as_ref();
         let directory = Directory::open(path, &CLASSES)?;
         let xl = directory.class().starts_with("StableDiffusionXL");
+        if directory.index().bool("requires_aesthetics_score", false)? {
+            let what = "a refiner of Stable Diffusion XL (`requires_aesthetics_score`)";
+            return Err(Error::unsupported(what, "its base models"));
+        }
         directory.require(&["unet", "scheduler", "vae", "tokenizer", "text_encoder"])?;
         if xl {
             directory.require(&["tokenizer_2", "text_encoder_2"])?;
@@ -147,7 +151,8 @@ impl TextToImage {
         Self { prompts, ..self }
     }
 
-    /// With another denoiser: the same with merged weights, for one.
+    /// With another denoiser: the same with merged weights, for one. It takes the same channels beside its samples, unless
+    /// [`Self::for_inpainting`] says otherwise.
     ///
     /// # Errors
     /// [`Error::Value`] where its samples have other channels than the latents of the autoencoder.
@@ -266,7 +271,6 @@ impl TextToImage {
     ) -> Result<(Conditions, Vec<Option<String>>)> {
         let _no_gradients = tch::no_grad_guard();
         let images = prompts.count()?;
-        let zeros = negative && prompts.negatives.is_empty() && self.zeros_for_none;
         let mut texts: Vec<&str> = Vec::new();
         let mut place = |text| {
             texts.iter().position(|known| *known == text).unwrap_or_else(|| {
@@ -275,18 +279,22 @@ impl TextToImage {
             })
         };
         let of: Vec<usize> = (0..images).map(|image| place(prompts.prompt(image))).collect();
-        let away: Option<Vec<usize>> = (negative && !zeros)
-            .then(|| (0..images).map(|image| place(prompts.negative_of(image).unwrap_or(""))).collect());
+        // The text to lead away from; none stands for zeros.
+        let mut away_from = |image| match prompts.negative_of(image) {
+            None if self.zeros_for_none => None,
+            text => Some(place(text.unwrap_or(""))),
+        };
+        let away: Vec<Option<usize>> =
+            if negative { (0..images).map(&mut away_from).collect() } else { Vec::new() };
         let encoded = self.prompts.encode(&texts)?;
         if encoded.len() != texts.len() {
             return Err(Error::value("encoded prompts", texts.len(), encoded.len()));
         }
         let prompt = each(&of, |text| self.features(&encoded[text], prompts, size, false))?;
-        let negative = match away {
-            Some(away) => Some(each(&away, |text| self.features(&encoded[text], prompts, size, false))?),
-            None if zeros => Some(vec![self.features(&encoded[of[0]], prompts, size, true)?]),
-            None => None,
-        };
+        let away = each(&away, |text| {
+            self.features(&encoded[text.unwrap_or(of[0])], prompts, size, text.is_none())
+        })?;
+        let negative = negative.then_some(away);
         let truncated = of.iter().map(|&text| encoded[text].truncated.clone()).collect();
         Ok((Conditions { negative, prompt }, truncated))
     }
@@ -315,7 +323,7 @@ impl TextToImage {
 }
 
 /// One condition for all where all texts are the same, else one an image.
-fn each(texts: &[usize], make: impl Fn(usize) -> Result<Condition>) -> Result<Vec<Condition>> {
+fn each<T: Copy + PartialEq>(texts: &[T], make: impl Fn(T) -> Result<Condition>) -> Result<Vec<Condition>> {
     let same = texts.windows(2).all(|pair| pair[0] == pair[1]);
     let texts = if same { texts.get(..1).unwrap_or(texts) } else { texts };
     texts.iter().map(|&text| make(text)).collect()

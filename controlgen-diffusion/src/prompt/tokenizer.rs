@@ -68,8 +68,11 @@ impl ClipTokenizer {
         } else {
             (read_vocab(&files[0])?, read_merges(&files[1])?, Vec::new())
         };
+        // As in transformers: the map is of old directories, whose configuration does not list the tokens.
+        let listed = config.get("added_tokens_decoder").is_some();
+        let sources = if listed { vec![&config] } else { vec![&special, &config] };
         let of_role = |role: &str, default: &str| -> Result<String> {
-            for config in [&config, &special] {
+            for config in &sources {
                 match config.get(role) {
                     None => {}
                     Some(Value::String(text)) => return Ok(text.clone()),

@@ -45,7 +45,7 @@ impl Downsample2d {
         Self { conv: self.conv.handle(), ..*self }
     }
 
-    /// `[B, C, H, W] → [B, C, H/2, W/2]`, for even H and W.
+    /// `[B, C, H, W] → [B, C, ⌈H/2⌉, ⌈W/2⌉]`; H and W even where there is no padding.
     ///
     /// # Errors
     /// The controls' and LibTorch's.
@@ -85,12 +85,18 @@ impl Upsample2d {
         Self { conv: self.conv.handle() }
     }
 
-    /// `[B, C, H, W] → [B, C, 2 H, 2 W]`
+    /// `[B, C, H, W] → [B, C, 2 H, 2 W]`, or to another height and width.
     ///
     /// # Errors
     /// The controls' and LibTorch's.
-    pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        self.conv.forward_upsampled(x, pass)
+    pub fn forward(&self, x: &Tensor, size: Option<(i64, i64)>, pass: &Pass<'_>) -> Result<Tensor> {
+        let (_, _, h, w) = x.size4()?;
+        match size.filter(|size| *size != (2 * h, 2 * w)) {
+            None => self.conv.forward_upsampled(x, pass),
+            Some((height, width)) => {
+                self.conv.forward(&x.f_upsample_nearest2d([height, width], None, None)?, pass)
+            }
+        }
     }
 
     /// A handle with other weights.

@@ -111,10 +111,17 @@ impl Resampler {
         })
     }
 
-    fn forward(&self, x: Tensor, time: &TimeEmbedding, pass: &Pass<'_>) -> Result<Tensor> {
+    /// To the size of what is put beside it next, where that is known: odd sizes are halved upwards.
+    fn forward(
+        &self,
+        x: Tensor,
+        size: Option<(i64, i64)>,
+        time: &TimeEmbedding,
+        pass: &Pass<'_>,
+    ) -> Result<Tensor> {
         match self {
             Self::Down(layer) => layer.forward(&x, pass),
-            Self::Up(layer) => layer.forward(&x, pass),
+            Self::Up(layer) => layer.forward(&x, size, pass),
             Self::Resnet(layer) => layer.forward(x, Some(time), pass),
         }
     }
@@ -203,7 +210,7 @@ impl Block {
             skips.after(&x);
         }
         if let Some(resampler) = &self.resampler {
-            x = resampler.forward(x, known.time, known.pass)?;
+            x = resampler.forward(x, skips.size()?, known.time, known.pass)?;
             skips.after(&x);
         }
         Ok(x)
@@ -236,6 +243,13 @@ impl Skips {
                 None => Ok(x),
             },
         }
+    }
+
+    /// Height and width of what is put beside x next.
+    fn size(&self) -> Result<Option<(i64, i64)>> {
+        let Self::Up(left) = self else { return Ok(None) };
+        let size = left.last().map(Tensor::size4).transpose()?;
+        Ok(size.map(|(_, _, h, w)| (h, w)))
     }
 
     fn after(&mut self, x: &Tensor) {
@@ -379,6 +393,6 @@ impl UNet {
         for block in &self.up {
             x = block.forward(x, &mut known, &mut skips)?;
         }
-        self.conv_out.forward(&self.conv_norm_out.activated(&x, self.config.act)?, known.pass)
+        self.conv_out.forward(&self.conv_norm_out.activated(&x, self.config.out_act)?, known.pass)
     }
 }

@@ -114,6 +114,10 @@ pub struct UNetConfig {
     pub eps: f64,
     /// After norms.
     pub act: Activation,
+    /// After the last norm.
+    pub out_act: Activation,
+    /// What heights and widths are multiples of.
+    pub multiple: i64,
     /// 1, or 0 for zeros below and right alone.
     pub downsample_padding: i64,
     /// Size of the kernel of `conv_in`.
@@ -147,7 +151,7 @@ impl UNetConfig {
             architecture: class_name.to_owned(),
             channels,
             size,
-            multiple: 1 << (self.blocks.len() - 1),
+            multiple: self.multiple,
             parameterisation: predicts.parameterisation,
             learned_variance: predicts.learned_variance,
             placement,
@@ -237,6 +241,7 @@ impl<'c> Fields<'c> {
             let size = c.int_if(field, 1, 31)?.unwrap_or(3);
             if size % 2 == 1 { Ok(size) } else { Err(c.error(field, "an odd number", size)) }
         };
+        let act = Activation::from_name(c.str("act_fn")?.unwrap_or("silu"))?;
         Ok(UNetConfig {
             in_channels: c.int("in_channels", 1, limits::WIDTH)?,
             out_channels: c.int("out_channels", 1, limits::WIDTH)?,
@@ -246,7 +251,9 @@ impl<'c> Fields<'c> {
             time_norm: self.time_norm,
             groups: self.groups,
             eps: c.positive("norm_eps", Some(1e-5))?,
-            act: Activation::from_name(c.str("act_fn")?.unwrap_or("silu"))?,
+            act,
+            out_act: act,
+            multiple: self.multiple(),
             downsample_padding: c.int_if("downsample_padding", 0, 1)?.unwrap_or(1),
             conv_in_kernel: kernel("conv_in_kernel")?,
             conv_out_kernel: kernel("conv_out_kernel")?,
@@ -256,11 +263,10 @@ impl<'c> Fields<'c> {
     /// `sample_size`, one number or height and width; or eight times the least size.
     ///
     /// # Errors
-    /// [`Error::Config`] for what is neither, or no multiple of the least size.
-    pub fn sample_size(&self) -> Result<[i64; 2]> {
-        let multiple = self.multiple();
+    /// [`Error::Config`] for what is neither, or not in multiples of `multiple`.
+    pub fn sample_size(&self, multiple: i64) -> Result<[i64; 2]> {
         let found = self.config.ints_each("sample_size", 2, 1, limits::WIDTH)?;
-        let size = found.map_or([8 * multiple; 2], |sizes| [sizes[0], sizes[1]]);
+        let size = found.map_or([8 * self.multiple(); 2], |sizes| [sizes[0], sizes[1]]);
         if size.iter().any(|n| n % multiple != 0) {
             let expected = format!("a multiple of {multiple}");
             return Err(self.config.error("sample_size", expected, format!("{size:?}")));
