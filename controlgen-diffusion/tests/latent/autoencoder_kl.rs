@@ -109,7 +109,7 @@ fn it_is_differentiable_in_tiles_too() {
     }
 }
 
-/// Doubles the outputs of one convolution, and counts its calls.
+/// Doubles the outputs of one convolution.
 struct Twice(&'static str);
 impl Control for Twice {
     fn handle(&self) -> Box<dyn Control> {
