@@ -116,7 +116,7 @@ impl Conv2d {
         for (n, (row, column)) in [(0, 0), (0, 1), (1, 0), (1, 1)].into_iter().enumerate() {
             let part = y.f_narrow(1, i64::try_from(n).unwrap_or(0) * outputs, outputs)?;
             let part = part.f_narrow(2, row, h)?.f_narrow(3, column, w)?.f_permute([0, 2, 3, 1])?;
-            let _ = out.f_select(4, column)?.f_select(2, row)?.f_copy_(&part)?; // (B, H, W, O)
+            out.f_select(4, column)?.f_select(2, row)?.f_copy_(&part)?; // (B, H, W, O)
         }
         Ok(out.f_view([b, 2 * h, 2 * w, outputs])?.f_permute([0, 3, 1, 2])?)
     }
