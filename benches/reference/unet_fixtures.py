@@ -25,6 +25,8 @@ AGREE, SENSITIVE = 2e-5, 1e-3
 FIXTURES = ROOT / "controlgen-diffusion" / "tests" / "fixtures"
 
 # What configurations have in common: tiny, four groups.
+# Also for samples of 7 by 11.
+ODD = ("unet_sd1", "unet_sdxl")
 SMALL = dict(sample_size=8, norm_num_groups=4, layers_per_block=1)
 TEXT = dict(encoder_hidden_states=(5, 32))
 
@@ -173,7 +175,14 @@ def make(name: str) -> None:
     folder = FIXTURES / name
     if folder.exists():
         shutil.rmtree(folder)
+    odd = None
+    if name in ODD:
+        # Sizes that are halved upwards, and enlarged to what is put beside them.
+        odd = {**inputs, "sample": inputs["sample"][:, :, :7, :11].contiguous()}
+        odd = {"sample": odd["sample"], "output": predict(model, odd)}
     model.bfloat16().save_pretrained(folder)
+    if odd:
+        save_cases(folder / "odd.safetensors", odd, f"diffusers {diffusers.__version__}")
     save_cases(folder / "cases.safetensors", {**inputs, "output": output}, f"diffusers {diffusers.__version__}")
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, {size >> 10} kB, f64 − f32 {distance:.1e}")

@@ -72,7 +72,7 @@ fn configurations_without_sense_are_refused() {
         ("unet_sd1", "block_out_channels", json!([8, 12, 16]), "down_block_types"),
         ("unet_sd1", "attention_head_dim", json!(3), "a divisor of"),
         ("unet_sd1", "attention_head_dim", json!([4]), "2 integers"),
-        ("unet_sd1", "sample_size", json!(9), "a multiple of 2"),
+        ("unet_ddpm", "sample_size", json!(9), "a multiple of"),
         ("unet_sd1", "in_channels", json!(3), "at least 4"),
         ("unet_sd1", "conv_in_kernel", json!(4), "odd"),
         ("unet_sd1", "only_cross_attention", json!([true]), "2 booleans"),

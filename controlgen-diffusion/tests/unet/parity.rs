@@ -1,9 +1,10 @@
 //! Outputs are those of diffusers.
 
+use controlgen_core::checkpoint::{Safetensors, TensorSource};
 use controlgen_core::{Pass, Placement};
 use tch::Tensor;
 
-use crate::support::{Case, MODELS, open};
+use crate::support::{Case, MODELS, folder, open};
 
 #[test]
 fn predictions_are_those_of_diffusers() {
@@ -26,4 +27,19 @@ fn predictions_are_those_of_diffusers() {
         worst = worst.max(distance);
     }
     println!("the most of all: {worst:.2e}");
+}
+
+#[test]
+fn sizes_are_halved_upwards_as_by_diffusers() {
+    let _no_gradients = tch::no_grad_guard();
+    for name in ["unet_sd1", "unet_sdxl"] {
+        let model = open(name, false, Placement::CPU);
+        let case = Case::of(name, &*model);
+        let odd = Safetensors::open(folder(name).join("odd.safetensors")).unwrap();
+        let prepared = model.prepare(&case.conditions(), &Pass::default()).unwrap();
+        let x = odd.load("sample").unwrap().unwrap();
+        let made = model.predict(&x, &case.get("timestep"), &prepared, &Pass::default()).unwrap();
+        let distance = (made.value - odd.load("output").unwrap().unwrap()).abs().max().double_value(&[]);
+        assert!(distance <= 2e-5, "{name}: {distance}");
+    }
 }
