@@ -65,7 +65,7 @@ fn prompts(case: &Value) -> Prompts {
 fn check(name: &str, make: impl Fn(&Value, &Path, &dyn Fn(&str) -> Tensor) -> Images) {
     let cases: Value =
         serde_json::from_str(&std::fs::read_to_string(fixtures(name).join("cases.json")).unwrap()).unwrap();
-    let truth = Safetensors::open(&fixtures(name).join("cases.safetensors")).unwrap();
+    let truth = Safetensors::open(fixtures(name).join("cases.safetensors")).unwrap();
     let load = |tensor: &str| truth.load(tensor).unwrap().unwrap();
     for (case, request) in cases.as_object().unwrap() {
         let folder = directory(name);
