@@ -353,3 +353,20 @@ fn weights_are_multiplied_in() {
     let literal = plain.encode(&["a (red:1.5) cat [on] a hill"]).unwrap();
     assert!(far(&literal[0].features[0].1, &encoded[0].features[0].1) > 0.1);
 }
+
+#[test]
+fn old_directories_say_their_tokens_in_a_map() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["vocab.json", "merges.txt", "special_tokens_map.json"] {
+        std::fs::copy(fixture("tokenizer_sd2").join(name), folder.path().join(name)).unwrap();
+    }
+    let plain = r#"{"pad_token": "<|endoftext|>", "model_max_length": 77}"#;
+    let config = folder.path().join("tokenizer_config.json");
+    std::fs::write(&config, plain).unwrap();
+    // transformers 5.23 pads with the map's token, and with the configuration's where that lists the tokens.
+    let old = ClipTokenizer::open(folder.path()).unwrap();
+    assert_eq!(old.pad(), old.encode("!").unwrap()[0]);
+    std::fs::write(&config, plain.replace('}', r#", "added_tokens_decoder": {}}"#)).unwrap();
+    let new = ClipTokenizer::open(folder.path()).unwrap();
+    assert_eq!(new.pad(), new.eos());
+}

@@ -274,3 +274,21 @@ fn files_hold_what_they_were_made_with() {
     images.save(&[&jpg]).unwrap();
     assert!(jpg.exists());
 }
+
+#[test]
+fn one_model_may_lie_beside_its_index() {
+    let (folder, flat) = (directory("ddpm"), tempfile::tempdir().unwrap());
+    for part in ["", "unet", "scheduler"] {
+        for entry in std::fs::read_dir(folder.path().join(part)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_file() {
+                std::fs::copy(&path, flat.path().join(path.file_name().unwrap())).unwrap();
+            }
+        }
+    }
+    let run = |path| {
+        let pipeline = DdpmPipeline::open(path, Placement::CPU).unwrap();
+        pipeline.run(1, Run::new().steps(2)).unwrap().pixels.unwrap()
+    };
+    assert!(run(flat.path()).equal(&run(folder.path())));
+}
