@@ -12,3 +12,4 @@ mod latent;
 mod refusals;
 mod schedule;
 mod support;
+mod text_to_image;

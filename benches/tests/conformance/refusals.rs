@@ -5,6 +5,8 @@ use std::fs;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
+use benches::conformance::USAGE;
+
 use crate::support::{Array, fail, fixture, tool, with_tokenizer, write};
 
 /// Fails, with each of these in the message that the binary would print.
@@ -28,7 +30,11 @@ fn check(arguments: &[&str], message: &str, said: &[&str]) {
     }
     assert!(!message.contains("Exception raised"), "{arguments:?}\n{message}");
     // How the tool is used takes more than a line.
-    let lines = if arguments.first().is_some_and(|&a| a == "forward" || a == "generate") { 1 } else { 13 };
+    let lines = if arguments.first().is_some_and(|&a| a == "forward" || a == "generate") {
+        1
+    } else {
+        1 + USAGE.lines().count()
+    };
     assert!(message.lines().count() <= lines, "{arguments:?}\n{message}");
 }
 

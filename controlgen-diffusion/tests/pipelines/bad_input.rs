@@ -165,7 +165,7 @@ fn images_and_masks_are_of_the_right_modes_and_sizes() {
         matches!(change(&from(image(3, 16).squeeze(), 0.5), run()), Err(Error::Shape { .. })),
         "no batch"
     );
-    assert!(matches!(change(&from(image(3, 18), 0.5), run()), Err(Error::Value { .. })), "no multiple");
+    assert!(matches!(change(&from(image(3, 17), 0.5), run()), Err(Error::Value { .. })), "no multiple");
     let text = message(change(&from(image(3, 16), 0.5), run().size(16, 32)));
     assert!(text.contains("16 by 16, as the image"), "{text}");
     let levels = image(3, 16).to_kind(Kind::Uint8);
