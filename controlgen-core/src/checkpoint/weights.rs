@@ -201,9 +201,10 @@ impl<'a> Weights<'a> {
         Err(Error::Keys { what: self.source.what(), missing: report.missing, unexpected: report.unexpected })
     }
 
-    /// Ends loading, and leaves it to the caller what to make of names that are missing (whose tensors are
+    /// Ends loading, gives memory that it took on the way back, and leaves it to the caller what to make of names that are missing (whose tensors are
     /// zeros) or left over.
     pub fn finish_lenient(&self, ignore: &[&str]) -> Report {
+        crate::sys::give_back();
         let record = self.record.borrow();
         let left = |name: &String| {
             !record.used.contains(name) && !ignore.iter().any(|pattern| matches(pattern, name))

@@ -6,6 +6,7 @@ mod blob;
 mod cuda;
 mod few_rows;
 mod grad;
+mod heap;
 mod low_rank;
 mod mmap;
 #[cfg(all(target_arch = "x86_64", unix, optimised, not(debug_assertions)))]
@@ -18,6 +19,7 @@ pub(crate) use blob::copy_from_floats;
 pub(crate) use cuda::open_cuda;
 pub(crate) use few_rows::few_rows;
 pub(crate) use grad::is_recording;
+pub(crate) use heap::give_back;
 pub use low_rank::LowRank;
 pub(crate) use low_rank::low_rank;
 pub(crate) use mmap::Map;
