@@ -132,6 +132,18 @@ pub trait Denoiser: Send {
     /// Those of [`DenoiserSpec::validate`] and [`Prepared::check`]; [`Error::ForeignSites`]; the controls'.
     fn predict(&self, x: &Tensor, t: &Tensor, prepared: &Prepared, pass: &Pass<'_>) -> Result<Prediction>;
 
+    /// B, once a call of [`Self::predict`] is known to make sense; every implementer begins it with this.
+    ///
+    /// # Errors
+    /// Those of [`DenoiserSpec::validate`] and [`Prepared::check`]; [`Error::ForeignSites`]; [`Error::Value`] for lanes
+    /// that are not one a row.
+    fn check_call(&self, x: &Tensor, t: &Tensor, prepared: &Prepared, pass: &Pass<'_>) -> Result<i64> {
+        prepared.check(self.sites(), pass)?;
+        let batch = self.spec().validate(x, t, prepared)?;
+        pass.check(self.sites(), batch)?;
+        Ok(batch)
+    }
+
     /// A handle in which the weights that `f` answers for are replaced and all others shared. What was prepared
     /// before is to be prepared again.
     ///

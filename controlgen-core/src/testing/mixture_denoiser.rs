@@ -157,9 +157,7 @@ impl Denoiser for MixtureDenoiser {
     }
 
     fn predict(&self, x: &Tensor, t: &Tensor, prepared: &Prepared, pass: &Pass<'_>) -> Result<Prediction> {
-        prepared.check(&self.sites, pass)?;
-        let batch = self.spec.validate(x, t, prepared)?;
-        pass.check(&self.sites, batch)?;
+        let batch = self.check_call(x, t, prepared, pass)?;
         let mut levels = Vec::with_capacity(usize::try_from(batch).unwrap_or(0));
         for t in Vec::<f64>::try_from(t.f_to_kind(Kind::Double)?)? {
             levels.push((self.schedule)(t)?);

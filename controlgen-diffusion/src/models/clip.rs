@@ -4,8 +4,10 @@
 use controlgen_core::checkpoint::Weights;
 use controlgen_core::config::{Config, limits};
 use controlgen_core::layers::{Activation, LayerNorm, Linear};
-use controlgen_core::{Attn, Dims, Mask, Pass, Result, SiteId, SiteMap, WeightMap};
+use controlgen_core::{Attn, Dims, Error, Mask, Pass, Result, SiteId, SiteMap, WeightMap};
 use tch::Tensor;
+
+use super::blocks::heads;
 
 /// The dimensions of a tower's blocks.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -44,6 +46,22 @@ impl ClipBlocks {
     }
 }
 
+/// The configuration of one tower: the file itself, of `model_types[0]`, or `part` of a whole CLIP's, of
+/// `model_types[1]`; and the width of a projection.
+pub(super) fn tower_of(config: &Config, model_types: &[&str; 2], part: &str) -> Result<(Config, i64)> {
+    let own = match config.str("model_type")? {
+        Some(found) if found == model_types[0] => config.clone(),
+        Some(found) if found == model_types[1] => {
+            config.object(part)?.ok_or_else(|| config.error(part, "an object", "nothing"))?
+        }
+        found => {
+            let what = format!("model_type `{}`", found.unwrap_or("nothing"));
+            return Err(Error::unsupported(what, model_types.join(", ")));
+        }
+    };
+    Ok((own, config.int_if("projection_dim", 1, limits::WIDTH)?.unwrap_or(512)))
+}
+
 /// Reads a tower's layers below a place in the checkpoint and declares their sites: names are the same.
 pub(super) struct Loader<'l, 'w> {
     pub weights: &'l Weights<'w>,
@@ -69,8 +87,19 @@ impl Loader<'_, '_> {
         Linear::new(fused("weight", &[outputs, inputs])?, Some(fused("bias", &[outputs])?), &parts)
     }
 
-    /// A projection without a bias.
-    pub fn projection(&mut self, name: &str, outputs: i64) -> Result<Linear> {
+    /// A projection without a bias, of a model of the `class` that has one, or where the checkpoint does.
+    pub fn projection_of(
+        &mut self,
+        (config, class): (&Config, &str),
+        name: &str,
+        outputs: i64,
+    ) -> Result<Option<Linear>> {
+        let named = config.strs_if("architectures")?.is_some_and(|names| names.contains(&class));
+        let projects = named || self.weights.find(&format!("{name}.weight")).is_some();
+        projects.then(|| self.projection(name, outputs)).transpose()
+    }
+
+    fn projection(&mut self, name: &str, outputs: i64) -> Result<Linear> {
         let inputs = self.blocks.hidden_size;
         let weight = self.weights.get(&format!("{name}.weight"), &[outputs, inputs])?;
         let site = self.sites.add(name, Dims::Linear { inputs, outputs });
@@ -147,8 +176,8 @@ impl Block {
     /// The stream `[B, T, D]` with both branches added.
     pub fn forward(&self, x: &Tensor, mask: &Mask, pass: &Pass<'_>) -> Result<Tensor> {
         let (b, t, d) = x.size3()?;
-        let qkv = self.qkv.forward(&self.norm1.forward(x)?, pass)?.f_view([b, t, 3, self.heads, -1])?;
-        let part = |n| qkv.f_select(2, n)?.f_transpose(1, 2); // (B, H, T, hd)
+        let qkv = self.qkv.forward(&self.norm1.forward(x)?, pass)?; // (B, T, 3 D)
+        let part = |n| heads(&qkv, (n, 3), self.heads); // (B, H, T, hd)
         let attn = Attn { q: part(0)?, k: part(1)?, v: part(2)?, mask: mask.handle(), scale: None };
         let y = pass.attention(self.attention, attn)?.f_transpose(1, 2)?.f_reshape([b, t, d])?;
         let y = self.out_proj.forward(&y, pass)?;

@@ -11,7 +11,7 @@ use controlgen_core::{
 };
 use tch::{Kind, Tensor};
 
-use super::clip::{Block, ClipBlocks, Loader};
+use super::clip::{Block, ClipBlocks, Loader, tower_of};
 
 /// The values of `model_type` that this file serves; of a whole `clip` it takes the text's part.
 pub const MODEL_TYPES: [&str; 2] = ["clip_text_model", "clip"];
@@ -38,14 +38,7 @@ impl ClipTextConfig {
     /// # Errors
     /// [`Error::Config`] for what is missing or makes no sense; [`Error::Unsupported`] for another architecture.
     pub fn from_config(config: &Config) -> Result<Self> {
-        let whole = config.str("model_type")? == Some("clip");
-        if !whole && config.str("model_type")? != Some(MODEL_TYPES[0]) {
-            let what = format!("model_type `{}`", config.str("model_type")?.unwrap_or("nothing"));
-            return Err(Error::unsupported(what, MODEL_TYPES.join(", ")));
-        }
-        let projection_dim = config.int_if("projection_dim", 1, limits::WIDTH)?.unwrap_or(512);
-        let part = if whole { config.object("text_config")? } else { Some(config.clone()) };
-        let config = part.ok_or_else(|| config.error("text_config", "an object", "nothing"))?;
+        let (config, projection_dim) = tower_of(config, &MODEL_TYPES, "text_config")?;
         let vocab_size = config.int("vocab_size", 1, limits::VOCAB)?;
         let eos = config.token_ids("eos_token_id", vocab_size.max(49408))?.first().copied().unwrap_or(49407);
         Ok(Self {
@@ -121,9 +114,6 @@ impl ClipText {
     /// that the configuration describes.
     pub fn load(config: &Config, weights: &Weights<'_>, placement: Placement) -> Result<Self> {
         let c = ClipTextConfig::from_config(config)?;
-        let projects = config
-            .strs_if("architectures")?
-            .is_some_and(|names| names.contains(&"CLIPTextModelWithProjection"));
         let weights = weights.rename(prefixes(&[("text_model.", "")]));
         let (d, positions, mut sites) = (c.blocks.hidden_size, c.max_position_embeddings, SiteMap::new());
         let mut loader = Loader { weights: &weights, sites: &mut sites, blocks: c.blocks };
@@ -135,15 +125,14 @@ impl ClipText {
         let blocks = loader.layers("text_model")?;
         let final_norm = loader.norm("text_model.final_layer_norm")?;
         let final_site = loader.sites.add("text_model.final_layer_norm", Dims::Hidden { width: d });
-        let projects = projects || weights.find("text_projection.weight").is_some();
-        let projection =
-            projects.then(|| loader.projection("text_projection", c.projection_dim)).transpose()?;
+        let head = (config, "CLIPTextModelWithProjection");
+        let projection = loader.projection_of(head, "text_projection", c.projection_dim)?;
         // The other tower of a whole CLIP, and positions that old files count out.
         weights.finish(&["*position_ids", "vision_model.*", "visual_projection.*", "logit_scale"])?;
         let spec = EncoderSpec {
             architecture: MODEL_TYPES[0].to_owned(),
             width: d,
-            pooled: Some(if projects { c.projection_dim } else { d }),
+            pooled: Some(if projection.is_some() { c.projection_dim } else { d }),
             reads: Reads::Text { vocab: c.vocab_size, context: Some(positions) },
             placement,
         };

@@ -12,7 +12,7 @@ use controlgen_core::{
 };
 use tch::Tensor;
 
-use super::clip::{Block, ClipBlocks, Loader};
+use super::clip::{Block, ClipBlocks, Loader, tower_of};
 
 /// The values of `model_type` that this file serves; of a whole `clip` it takes the images' part.
 pub const MODEL_TYPES: [&str; 2] = ["clip_vision_model", "clip"];
@@ -38,14 +38,7 @@ impl ClipVisionConfig {
     /// # Errors
     /// [`Error::Config`] for what is missing or makes no sense; [`Error::Unsupported`] for another architecture.
     pub fn from_config(config: &Config) -> Result<Self> {
-        let whole = config.str("model_type")? == Some("clip");
-        if !whole && config.str("model_type")? != Some(MODEL_TYPES[0]) {
-            let what = format!("model_type `{}`", config.str("model_type")?.unwrap_or("nothing"));
-            return Err(Error::unsupported(what, MODEL_TYPES.join(", ")));
-        }
-        let projection_dim = config.int_if("projection_dim", 1, limits::WIDTH)?.unwrap_or(512);
-        let part = if whole { config.object("vision_config")? } else { Some(config.clone()) };
-        let config = part.ok_or_else(|| config.error("vision_config", "an object", "nothing"))?;
+        let (config, projection_dim) = tower_of(config, &MODEL_TYPES, "vision_config")?;
         let image_size = config.int_if("image_size", 1, 1 << 14)?.unwrap_or(224);
         Ok(Self {
             blocks: ClipBlocks::from_config(&config)?,
@@ -96,9 +89,6 @@ impl ClipVision {
     /// that the configuration describes.
     pub fn load(config: &Config, weights: &Weights<'_>, placement: Placement) -> Result<Self> {
         let c = ClipVisionConfig::from_config(config)?;
-        let projects = config
-            .strs_if("architectures")?
-            .is_some_and(|names| names.contains(&"CLIPVisionModelWithProjection"));
         let weights = weights.rename(prefixes(&[("vision_model.", "")]));
         let (d, patch, mut sites) = (c.blocks.hidden_size, c.patch_size, SiteMap::new());
         let mut loader = Loader { weights: &weights, sites: &mut sites, blocks: c.blocks };
@@ -113,15 +103,14 @@ impl ClipVision {
         let blocks = loader.layers("vision_model")?;
         let post_norm = loader.norm("vision_model.post_layernorm")?;
         let post_site = loader.sites.add("vision_model.post_layernorm", Dims::Hidden { width: d });
-        let projects = projects || weights.find("visual_projection.weight").is_some();
-        let projection =
-            projects.then(|| loader.projection("visual_projection", c.projection_dim)).transpose()?;
+        let head = (config, "CLIPVisionModelWithProjection");
+        let projection = loader.projection_of(head, "visual_projection", c.projection_dim)?;
         // The other tower of a whole CLIP, and positions that old files count out.
         weights.finish(&["*position_ids", "text_model.*", "text_projection.*", "logit_scale"])?;
         let spec = EncoderSpec {
             architecture: MODEL_TYPES[0].to_owned(),
             width: d,
-            pooled: Some(if projects { c.projection_dim } else { d }),
+            pooled: Some(if projection.is_some() { c.projection_dim } else { d }),
             reads: Reads::Image { channels: c.num_channels, size: [c.image_size; 2] },
             placement,
         };

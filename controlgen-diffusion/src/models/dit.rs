@@ -13,7 +13,8 @@ use controlgen_core::{
 use tch::{Device, Kind, Tensor};
 
 use super::Predicts;
-use super::blocks::{Scope, Sinusoid, TimestepEmbedding, add, in_place};
+use super::blocks::{Scope, Sinusoid, TimestepEmbedding, add, heads, in_place};
+use super::sample::predicted;
 
 /// The values of `_class_name` that this file serves: old directories say `Transformer2DModel`, with a `norm_type` of
 /// `ada_norm_zero`.
@@ -351,8 +352,7 @@ impl Block {
         };
         let y = self.norm1.forward(x)?;
         let qkv = self.qkv.forward(&modulate(&y, shift_attention, scale_attention)?, pass)?;
-        let qkv = qkv.f_view([b, t, 3, c.num_attention_heads, -1])?;
-        let part = |n| qkv.f_select(2, n)?.f_transpose(1, 2); // (B, H, T, hd)
+        let part = |n| heads(&qkv, (n, 3), c.num_attention_heads); // (B, H, T, hd)
         let attn = Attn { q: part(0)?, k: part(1)?, v: part(2)?, mask: Mask::Full, scale: None };
         let y = pass.attention(self.attention, attn)?.f_transpose(1, 2)?.f_reshape([b, t, d])?;
         let y = gated(self.to_out.forward(&y, pass)?, gate_attention, pass)?;
@@ -421,19 +421,11 @@ impl Denoiser for Dit {
     }
 
     fn predict(&self, x: &Tensor, t: &Tensor, prepared: &Prepared, pass: &Pass<'_>) -> Result<Prediction> {
-        prepared.check(&self.sites, pass)?;
-        let batch = self.spec.validate(x, t, prepared)?;
-        pass.check(&self.sites, batch)?;
+        self.check_call(x, t, prepared, pass)?;
         let Placement { device, kind } = self.spec.placement;
         let own = x.f_to_device(device)?.f_to_kind(kind)?;
         let y = self.network(&own, &t.f_to_device(device)?, &prepared.tensors()[0], pass)?;
-        let y = y.f_to_device(x.device())?.f_to_kind(x.f_kind()?)?;
-        let form = self.spec.parameterisation;
-        if self.spec.learned_variance {
-            Prediction::with_variance(&y, self.spec.channels, form)
-        } else {
-            Ok(Prediction::new(y, form))
-        }
+        predicted(&y, x, &self.spec)
     }
 
     fn map_weights(&self, f: WeightMap<'_>) -> Result<Box<dyn Denoiser>> {

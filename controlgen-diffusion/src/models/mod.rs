@@ -2,12 +2,14 @@
 
 mod autoencoder_kl;
 mod blocks;
+mod class_labels;
 mod clip;
 mod clip_text;
 mod clip_vision;
 mod conditions;
 mod dit;
 mod prior_transformer;
+mod sample;
 mod tiling;
 mod unclip_text_proj;
 mod unet_2d;
@@ -15,6 +17,7 @@ mod unet_2d_condition;
 
 pub use autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
 pub use blocks::{Attends, BlockConfig, LevelConfig, Resample, TextNorm, TimeNorm, UNetConfig};
+pub use class_labels::ClassLabels;
 pub use clip::ClipBlocks;
 pub use clip_text::{ClipLayer, ClipText, ClipTextConfig, ClipTextInput};
 pub use clip_vision::{ClipVision, ClipVisionConfig};
@@ -22,8 +25,8 @@ pub use dit::{Dit, DitConfig};
 pub use prior_transformer::{PriorTransformer, PriorTransformerConfig};
 pub use tiling::Tiling;
 pub use unclip_text_proj::{UnClipConditions, UnClipTextProj, UnClipTextProjConfig};
-pub use unet_2d::{ClassEmbedding, UNet2d, UNet2dConfig};
-pub use unet_2d_condition::{AddedEmbedding, ClassLabels, UNet2dCondition, UNet2dConditionConfig};
+pub use unet_2d::{UNet2d, UNet2dConfig};
+pub use unet_2d_condition::{AddedEmbedding, UNet2dCondition, UNet2dConditionConfig};
 
 use std::path::Path;
 

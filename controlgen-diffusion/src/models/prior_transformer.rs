@@ -14,6 +14,7 @@ use controlgen_core::{
 use tch::{Kind, Tensor};
 
 use super::blocks::{Scope, Sinusoid, TimestepEmbedding, add, heads};
+use super::sample::predicted;
 use super::{Predicts, conditions};
 
 /// The value of `_class_name` that this file serves.
@@ -428,10 +429,8 @@ impl Denoiser for PriorTransformer {
     }
 
     fn predict(&self, x: &Tensor, t: &Tensor, prepared: &Prepared, pass: &Pass<'_>) -> Result<Prediction> {
-        prepared.check(&self.sites, pass)?;
-        let batch = self.spec.validate(x, t, prepared)?;
+        let batch = self.check_call(x, t, prepared, pass)?;
         self.check_size(x)?;
-        pass.check(&self.sites, batch)?;
         let Placement { device, kind } = self.spec.placement;
         let own = x.f_to_device(device)?.f_to_kind(kind)?.f_flatten(1, -1)?; // (B, P)
         let time = self.time.forward(&self.sinusoid.forward(&t.f_to_device(device)?)?, pass)?;
@@ -459,8 +458,7 @@ impl Denoiser for PriorTransformer {
         }
         let y = self.norm_out.forward(&y.f_select(1, -1)?)?; // (B, D)
         let y = self.out.forward(&y, pass)?.f_view(x.size().as_slice())?;
-        let y = y.f_to_device(x.device())?.f_to_kind(x.f_kind()?)?;
-        Ok(Prediction::new(y, self.spec.parameterisation))
+        predicted(&y, x, &self.spec)
     }
 
     fn map_weights(&self, f: WeightMap<'_>) -> Result<Box<dyn Denoiser>> {

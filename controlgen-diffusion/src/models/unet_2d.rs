@@ -5,17 +5,19 @@ use std::sync::Arc;
 
 use controlgen_core::checkpoint::Weights;
 use controlgen_core::config::{Config, limits};
-use controlgen_core::layers::{Activation, Embedding};
+use controlgen_core::layers::Activation;
 use controlgen_core::{
-    Condition, Denoiser, DenoiserSpec, Error, Pass, Placement, Prediction, Prepared, Result, SiteMap, Tokens,
+    Condition, Denoiser, DenoiserSpec, Error, Pass, Placement, Prediction, Prepared, Result, SiteMap,
     WeightMap,
 };
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::blocks::{
     Attends, BlockConfig, Fields, Known, LevelConfig, Resample, Scope, Sinusoid, Text, TimeEmbedding,
-    TimeNorm, TimestepEmbedding, UNet, UNetConfig, channels_last, one_of, unknown_block,
+    TimeNorm, TimestepEmbedding, UNet, UNetConfig, one_of, unknown_block,
 };
+use super::class_labels::{ClassLabels, Labels};
+use super::sample::{input, predicted};
 use super::{Predicts, conditions};
 
 /// The value of `_class_name` that this file serves.
@@ -23,19 +25,6 @@ pub const CLASS_NAME: &str = "UNet2DModel";
 
 const DOWN: [&str; 3] = ["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"];
 const UP: [&str; 3] = ["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"];
-
-/// How classes come in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ClassEmbedding {
-    /// They do not.
-    None,
-    /// By a table of so many.
-    Table(i64),
-    /// As a number that is embedded like a timestep.
-    Timestep,
-    /// As an embedding of the width of the time's.
-    Identity,
-}
 
 /// The dimensions of a UNet2DModel.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,8 +37,8 @@ pub struct UNet2dConfig {
     pub flip_sin_to_cos: bool,
     /// Of the frequencies of the time's embedding.
     pub freq_shift: f64,
-    /// How classes come in.
-    pub class_embedding: ClassEmbedding,
+    /// What class labels are.
+    pub class_labels: ClassLabels,
     /// The network.
     pub network: UNetConfig,
 }
@@ -121,33 +110,15 @@ impl UNet2dConfig {
         };
         // diffusers has SiLU there, whatever `act_fn` says.
         let network = UNetConfig { out_act: Activation::Silu, ..fields.network(blocks, mid)? };
-        let classes = config.int_if("num_class_embeds", 1, limits::VOCAB)?;
-        let class_embedding = match (config.str("class_embed_type")?, classes) {
-            (None, None) => ClassEmbedding::None,
-            (None, Some(classes)) => ClassEmbedding::Table(classes),
-            (Some("timestep"), _) => ClassEmbedding::Timestep,
-            (Some("identity"), _) => ClassEmbedding::Identity,
-            (Some(other), _) => {
-                return Err(Error::unsupported(format!("class_embed_type `{other}`"), "timestep, identity"));
-            }
-        };
         Ok(Self {
             sample_size: fields.sample_size(network.multiple)?,
             center_input_sample: config.bool("center_input_sample", false)?,
             flip_sin_to_cos: config.bool("flip_sin_to_cos", true)?,
             freq_shift: config.number("freq_shift", 0.0)?,
-            class_embedding,
+            class_labels: ClassLabels::from_config(config, &["timestep", "identity"])?,
             network,
         })
     }
-}
-
-/// The class's part of the time's embedding.
-enum Classes {
-    None,
-    Table(Embedding),
-    Timestep(TimestepEmbedding),
-    Identity,
 }
 
 /// A UNet2DModel.
@@ -161,7 +132,7 @@ pub struct UNet2d {
     sites: Arc<SiteMap>,
     time_proj: Sinusoid,
     time_embedding: TimestepEmbedding,
-    class_embedding: Classes,
+    class_embedding: Labels,
     network: UNet,
 }
 
@@ -182,16 +153,11 @@ impl UNet2d {
         let mut sites = SiteMap::new();
         let mut scope = Scope::new(weights, &mut sites, Some("lora_unet"));
         let (first, time) = (c.network.blocks[0].channels, c.network.time);
-        let embedding =
-            |scope: Scope<'_, '_>| TimestepEmbedding::load(scope, (first, time), Activation::Silu, None);
+        let act = Activation::Silu;
         let time_proj = Sinusoid::new(first, c.flip_sin_to_cos, c.freq_shift, placement.device)?;
-        let time_embedding = embedding(scope.below("time_embedding"))?;
-        let class_embedding = match c.class_embedding {
-            ClassEmbedding::None => Classes::None,
-            ClassEmbedding::Table(rows) => Classes::Table(scope.embedding("class_embedding", (rows, time))?),
-            ClassEmbedding::Timestep => Classes::Timestep(embedding(scope.below("class_embedding"))?),
-            ClassEmbedding::Identity => Classes::Identity,
-        };
+        let time_embedding =
+            TimestepEmbedding::load(scope.below("time_embedding"), (first, time), act, None)?;
+        let class_embedding = Labels::load(&mut scope, c.class_labels, (first, time), act)?;
         let network = UNet::load(scope, c.network.clone())?;
         weights.finish(&[])?;
         Ok(Self {
@@ -217,12 +183,7 @@ impl UNet2d {
             sites: Arc::clone(&self.sites),
             time_proj: self.time_proj.handle(),
             time_embedding: self.time_embedding.handle(),
-            class_embedding: match &self.class_embedding {
-                Classes::None => Classes::None,
-                Classes::Table(table) => Classes::Table(table.handle()),
-                Classes::Timestep(embedding) => Classes::Timestep(embedding.handle()),
-                Classes::Identity => Classes::Identity,
-            },
+            class_embedding: self.class_embedding.handle(),
             network: self.network.handle(),
         }
     }
@@ -230,25 +191,6 @@ impl UNet2d {
     /// Channels of `concat`.
     fn more(&self) -> i64 {
         self.config.network.in_channels - self.spec.channels
-    }
-
-    /// The classes' part of the time's embedding, `[B, D]`.
-    fn embed_classes(&self, conditions: &[Condition], pass: &Pass<'_>) -> Result<Option<Tensor>> {
-        let (placement, time) = (self.spec.placement, self.config.network.time);
-        Ok(Some(match &self.class_embedding {
-            Classes::None => return Ok(None),
-            Classes::Table(table) => {
-                let rows = table.weight().size2()?.0;
-                let ids = conditions::classes(conditions, rows, placement)?.f_unsqueeze(1)?;
-                table.forward(Tokens::Ids(&ids), pass)?.f_squeeze_dim(1)?
-            }
-            Classes::Timestep(embedding) => {
-                let level = placement.with_kind(Kind::Float);
-                let levels = conditions::stacked(conditions, "class_labels", &[], level)?;
-                embedding.forward(&self.time_proj.forward(&levels)?, pass)?
-            }
-            Classes::Identity => conditions::stacked(conditions, "class_labels", &[time], placement)?,
-        }))
     }
 }
 
@@ -271,7 +213,7 @@ impl Denoiser for UNet2d {
         if conditions.is_empty() {
             return Prepared::new(&self.sites, pass, 0, vec![]);
         }
-        let (more, classes) = (self.more(), !matches!(self.class_embedding, Classes::None));
+        let (more, classes) = (self.more(), self.config.class_labels != ClassLabels::None);
         let known = [(more > 0, "concat"), (classes, "class_labels")];
         let known: Vec<&str> = known.into_iter().filter(|name| name.0).map(|name| name.1).collect();
         conditions::only(conditions, &known)?;
@@ -282,14 +224,14 @@ impl Denoiser for UNet2d {
         if more > 0 {
             tensors.push(conditions::stacked(conditions, "concat", &[more, -1, -1], self.spec.placement)?);
         }
-        tensors.extend(self.embed_classes(conditions, pass)?);
+        let embedding = (&self.time_proj, self.config.network.time);
+        let placement = self.spec.placement;
+        tensors.extend(self.class_embedding.embed(conditions, embedding, placement, pass)?);
         Prepared::new(&self.sites, pass, rows, tensors)
     }
 
     fn predict(&self, x: &Tensor, t: &Tensor, prepared: &Prepared, pass: &Pass<'_>) -> Result<Prediction> {
-        prepared.check(&self.sites, pass)?;
-        let batch = self.spec.validate(x, t, prepared)?;
-        pass.check(&self.sites, batch)?;
+        self.check_call(x, t, prepared, pass)?;
         let mut rest = prepared.tensors();
         let concat = (self.more() > 0).then(|| rest.split_off_first()).flatten();
         let input = input(x, concat, self.config.center_input_sample, self.spec.placement)?;
@@ -300,55 +242,15 @@ impl Denoiser for UNet2d {
         let time = TimeEmbedding::new(time, self.config.network.act)?;
         let known = Known { time: &time, text: Text::new(&[], None), pass };
         let output = self.network.forward(&input, known)?;
-        finished(&output, x, &self.spec)
+        predicted(&output, x, &self.spec)
     }
 
     fn map_weights(&self, f: WeightMap<'_>) -> Result<Box<dyn Denoiser>> {
-        let class_embedding = match &self.class_embedding {
-            Classes::None => Classes::None,
-            Classes::Table(table) => Classes::Table(table.map_weights(f)?),
-            Classes::Timestep(embedding) => Classes::Timestep(embedding.map_weights(f)?),
-            Classes::Identity => Classes::Identity,
-        };
         Ok(Box::new(Self {
             time_embedding: self.time_embedding.map_weights(f)?,
-            class_embedding,
+            class_embedding: self.class_embedding.map_weights(f)?,
             network: self.network.map_weights(f)?,
             ..self.share()
         }))
-    }
-}
-
-/// The sample `[B, C, H, W]` with the channels of a condition after its own, as a network takes it.
-pub(super) fn input(
-    x: &Tensor,
-    concat: Option<&Tensor>,
-    center: bool,
-    placement: Placement,
-) -> Result<Tensor> {
-    let mut x = x.f_to_device(placement.device)?.f_to_kind(placement.kind)?;
-    if let Some(concat) = concat {
-        let (size, other) = (x.size(), concat.size());
-        if size[2..] != other[2..] {
-            return Err(Error::shape(
-                "`concat`",
-                format!("[C, {}, {}], as the sample", size[2], size[3]),
-                &other[1..],
-            ));
-        }
-        x = Tensor::f_cat(&[&x, concat], 1)?;
-    }
-    if center {
-        x = x.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?;
-    }
-    channels_last(&x)
-}
-
-/// A network's output as a prediction for x.
-pub(super) fn finished(output: &Tensor, x: &Tensor, spec: &DenoiserSpec) -> Result<Prediction> {
-    let output = output.f_to_device(x.device())?.f_to_kind(x.f_kind()?)?.f_contiguous()?;
-    match spec.learned_variance {
-        true => Prediction::with_variance(&output, spec.channels, spec.parameterisation),
-        false => Ok(Prediction::new(output, spec.parameterisation)),
     }
 }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use controlgen_core::checkpoint::Weights;
 use controlgen_core::config::{Config, limits};
-use controlgen_core::layers::{Activation, Embedding, Linear};
+use controlgen_core::layers::{Activation, Linear};
 use controlgen_core::{
-    Condition, Denoiser, DenoiserSpec, Error, Pass, Placement, Prediction, Prepared, Result, SiteMap, Tokens,
+    Condition, Denoiser, DenoiserSpec, Error, Pass, Placement, Prediction, Prepared, Result, SiteMap,
     WeightMap,
 };
 use serde_json::Value;
@@ -17,7 +17,8 @@ use super::blocks::{
     Attends, BlockConfig, Fields, Known, LevelConfig, Resample, Scope, Sinusoid, Text, TextNorm,
     TextTimeEmbedding, TimeEmbedding, TimestepEmbedding, UNet, UNetConfig, one_of, unknown_block,
 };
-use super::unet_2d::{finished, input};
+use super::class_labels::{ClassLabels, Labels};
+use super::sample::{input, predicted};
 use super::{Predicts, conditions};
 
 /// The value of `_class_name` that this file serves.
@@ -38,23 +39,6 @@ const LEFT_OUT: [(&str, &str); 6] = [
     ("reverse_transformer_layers_per_block", "null"),
     ("time_cond_proj_dim", "null"),
 ];
-
-/// What is added to the time's embedding for a class or a number: `class_embed_type`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ClassLabels {
-    /// Nothing.
-    None,
-    /// A row of a table of so many.
-    Table(i64),
-    /// A number, embedded like a timestep.
-    Timestep,
-    /// An embedding, as it is.
-    Identity,
-    /// An embedding of this width, through two layers.
-    Projection(i64),
-    /// An embedding of this width, through one layer.
-    SimpleProjection(i64),
-}
 
 /// What else is added to the time's embedding: `addition_embed_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -244,7 +228,10 @@ impl UNet2dConditionConfig {
             freq_shift: config.number("freq_shift", 0.0)?,
             text_width,
             encoder_hid_proj: encoder_hid.map(|_| inner),
-            class_labels: class_labels(config)?,
+            class_labels: ClassLabels::from_config(
+                config,
+                &["timestep", "identity", "projection", "simple_projection"],
+            )?,
             added: added_embedding(config, text_width)?,
             time_embedding_act: act("time_embedding_act_fn")?,
             timestep_post_act: act("timestep_post_act")?,
@@ -263,22 +250,6 @@ impl UNet2dConditionConfig {
     fn reads_text(&self) -> bool {
         self.of_text() > 0 || matches!(self.added, AddedEmbedding::Text { .. })
     }
-}
-
-fn class_labels(config: &Config) -> Result<ClassLabels> {
-    let known = ["timestep", "identity", "projection", "simple_projection"];
-    let inputs = || config.int("projection_class_embeddings_input_dim", 1, limits::WIDTH);
-    let Some(found) = config.str("class_embed_type")? else {
-        let classes = config.int_if("num_class_embeds", 1, limits::VOCAB)?;
-        return Ok(classes.map_or(ClassLabels::None, ClassLabels::Table));
-    };
-    Ok(match found {
-        "timestep" => ClassLabels::Timestep,
-        "identity" => ClassLabels::Identity,
-        "projection" => ClassLabels::Projection(inputs()?),
-        "simple_projection" => ClassLabels::SimpleProjection(inputs()?),
-        other => return Err(Error::unsupported(format!("class_embed_type `{other}`"), known.join(", "))),
-    })
 }
 
 fn added_embedding(config: &Config, text_width: i64) -> Result<AddedEmbedding> {
@@ -300,40 +271,6 @@ fn added_embedding(config: &Config, text_width: i64) -> Result<AddedEmbedding> {
             return Err(Error::unsupported(format!("addition_embed_type `{other}`"), "text, text_time"));
         }
     })
-}
-
-/// The layers for class labels.
-enum Labels {
-    None,
-    Table(Embedding),
-    Level(TimestepEmbedding),
-    Identity,
-    Projection(TimestepEmbedding),
-    Linear(Linear),
-}
-
-impl Labels {
-    fn handle(&self) -> Self {
-        match self {
-            Self::None => Self::None,
-            Self::Table(layer) => Self::Table(layer.handle()),
-            Self::Level(layer) => Self::Level(layer.handle()),
-            Self::Identity => Self::Identity,
-            Self::Projection(layer) => Self::Projection(layer.handle()),
-            Self::Linear(layer) => Self::Linear(layer.handle()),
-        }
-    }
-
-    fn map_weights(&self, f: WeightMap<'_>) -> Result<Self> {
-        Ok(match self {
-            Self::None => Self::None,
-            Self::Table(layer) => Self::Table(layer.map_weights(f)?),
-            Self::Level(layer) => Self::Level(layer.map_weights(f)?),
-            Self::Identity => Self::Identity,
-            Self::Projection(layer) => Self::Projection(layer.map_weights(f)?),
-            Self::Linear(layer) => Self::Linear(layer.map_weights(f)?),
-        })
-    }
 }
 
 /// The layers for what else is added.
@@ -405,32 +342,17 @@ impl UNet2dCondition {
             Some(width) => Some(scope.linear("encoder_hid_proj", (c.text_width, width), true)?),
             None => None,
         };
-        let silu = Activation::Silu;
-        let class_embedding = match c.class_labels {
-            ClassLabels::None => Labels::None,
-            ClassLabels::Table(rows) => Labels::Table(scope.embedding("class_embedding", (rows, time))?),
-            ClassLabels::Timestep => {
-                let scope = scope.below("class_embedding");
-                Labels::Level(TimestepEmbedding::load(scope, (first, time), act, None)?)
-            }
-            ClassLabels::Identity => Labels::Identity,
-            ClassLabels::Projection(width) => {
-                let scope = scope.below("class_embedding");
-                Labels::Projection(TimestepEmbedding::load(scope, (width, time), silu, None)?)
-            }
-            ClassLabels::SimpleProjection(width) => {
-                Labels::Linear(scope.linear("class_embedding", (width, time), true)?)
-            }
-        };
+        let class_embedding = Labels::load(&mut scope, c.class_labels, (first, time), act)?;
         let below = scope.below("add_embedding");
         let add_embedding = match c.added {
             AddedEmbedding::None => Added::None,
             AddedEmbedding::Text { heads } => {
                 Added::Text(TextTimeEmbedding::load(below, (c.text_width, time), heads)?)
             }
-            AddedEmbedding::TextTime { width, inputs } => {
-                Added::TextTime(sinusoid(width)?, TimestepEmbedding::load(below, (inputs, time), silu, None)?)
-            }
+            AddedEmbedding::TextTime { width, inputs } => Added::TextTime(
+                sinusoid(width)?,
+                TimestepEmbedding::load(below, (inputs, time), Activation::Silu, None)?,
+            ),
         };
         let time_proj = sinusoid(first)?;
         let network = UNet::load(scope, c.network.clone())?;
@@ -500,28 +422,7 @@ impl UNet2dCondition {
         let (placement, time) = (self.spec.placement, self.config.network.time);
         let numbers = placement.with_kind(Kind::Float);
         let stacked = |name: &str, shape: &[i64]| conditions::stacked(conditions, name, shape, placement);
-        let labels = match &self.class_embedding {
-            Labels::None => None,
-            Labels::Table(table) => {
-                let rows = table.weight().size2()?.0;
-                let ids = conditions::classes(conditions, rows, placement)?.f_unsqueeze(1)?;
-                Some(table.forward(Tokens::Ids(&ids), pass)?.f_squeeze_dim(1)?)
-            }
-            Labels::Level(layer) => {
-                let levels = conditions::stacked(conditions, "class_labels", &[], numbers)?;
-                Some(layer.forward(&self.time_proj.forward(&levels)?, pass)?)
-            }
-            Labels::Identity => Some(stacked("class_labels", &[time])?),
-            Labels::Projection(layer) => {
-                let width =
-                    if let ClassLabels::Projection(width) = self.config.class_labels { width } else { -1 };
-                Some(layer.forward(&stacked("class_labels", &[width])?, pass)?)
-            }
-            Labels::Linear(layer) => {
-                let width = layer.weight().size2()?.1;
-                Some(layer.forward(&stacked("class_labels", &[width])?, pass)?)
-            }
-        };
+        let labels = self.class_embedding.embed(conditions, (&self.time_proj, time), placement, pass)?;
         let added = match (&self.add_embedding, text) {
             (Added::None, _) | (Added::Text(_), None) => None,
             (Added::Text(layer), Some(text)) => Some(layer.forward(text, pass)?),
@@ -600,9 +501,7 @@ impl Denoiser for UNet2dCondition {
     }
 
     fn predict(&self, x: &Tensor, t: &Tensor, prepared: &Prepared, pass: &Pass<'_>) -> Result<Prediction> {
-        prepared.check(&self.sites, pass)?;
-        let batch = self.spec.validate(x, t, prepared)?;
-        pass.check(&self.sites, batch)?;
+        self.check_call(x, t, prepared, pass)?;
         let c = &*self.config;
         let mut rest = prepared.tensors();
         let concat = (self.more() > 0).then(|| rest.split_off_first()).flatten();
@@ -622,7 +521,7 @@ impl Denoiser for UNet2dCondition {
         let time = TimeEmbedding::new(time, c.network.act)?;
         let output =
             self.network.forward(&input, Known { time: &time, text: Text::new(rest, keep), pass })?;
-        finished(&output, x, &self.spec)
+        predicted(&output, x, &self.spec)
     }
 
     fn map_weights(&self, f: WeightMap<'_>) -> Result<Box<dyn Denoiser>> {

@@ -11,6 +11,7 @@ use super::directory::Directory;
 use super::images::{Images, Made};
 use super::prompts::Prompts;
 use super::run::Run;
+use super::stage::Stage;
 use super::text_to_image::{Defaults, TextToImage};
 use crate::{PromptEncoder, Scheduler};
 
@@ -21,12 +22,9 @@ use crate::{PromptEncoder, Scheduler};
 /// "Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding" (Imagen), 2022, section 2.3). The
 /// denoiser's conditions are the prompt's and the features `concat`, that image, and `class_labels`, the level.
 pub struct Upscaler {
-    denoiser: Box<dyn Denoiser>,
-    scheduler: Scheduler,
+    stage: Stage,
     noising: Scheduler,
     level: f64,
-    steps: usize,
-    scale: f64,
 }
 
 impl Upscaler {
@@ -39,7 +37,8 @@ impl Upscaler {
     /// # Errors
     /// [`Error::Value`] for a scheduler of noise without a schedule of 251 timesteps.
     pub fn new(denoiser: Box<dyn Denoiser>, scheduler: Scheduler, noising: Scheduler) -> Result<Self> {
-        Self { denoiser, scheduler, noising, level: 0.0, steps: 50, scale: 4.0 }.with_level(250)
+        let stage = Stage { denoiser, scheduler, steps: 50, scale: 4.0 };
+        Self { stage, noising, level: 0.0 }.with_level(250)
     }
 
     /// Opens `unet`, `scheduler` and `image_noising_scheduler` of a directory of diffusers.
@@ -51,12 +50,7 @@ impl Upscaler {
         directory.require(&["unet", "scheduler", "image_noising_scheduler"])?;
         let scheduler = directory.scheduler()?;
         let file = directory.folder("image_noising_scheduler").join("scheduler_config.json");
-        let predicts = crate::Predicts {
-            parameterisation: scheduler.parameterisation(),
-            // It puts out a variance, whether the scheduler uses it or not; what it takes has the image in it.
-            learned_variance: learns_variance(&directory)? || scheduler.learned_variance(),
-        };
-        let denoiser = crate::models::open_denoiser(&directory.folder("unet"), predicts, placement)?;
+        let denoiser = directory.denoiser_of(2, "unet", &scheduler, placement)?;
         Self::new(denoiser, scheduler, Scheduler::open(file)?)
     }
 
@@ -76,33 +70,17 @@ impl Upscaler {
     /// In so many steps.
     #[must_use]
     pub fn with_steps(self, steps: usize) -> Self {
-        Self { steps, ..self }
+        Self { stage: Stage { steps, ..self.stage }, ..self }
     }
 
     /// With this s of classifier-free guidance; 1 is none.
     #[must_use]
     pub fn with_guidance_scale(self, scale: f64) -> Self {
-        Self { scale, ..self }
+        Self { stage: Stage { scale, ..self.stage }, ..self }
     }
 
     fn share(&self) -> Self {
-        Self {
-            denoiser: (*self.denoiser).handle(),
-            scheduler: self.scheduler.handle(),
-            noising: self.noising.handle(),
-            ..*self
-        }
-    }
-
-    fn way(&self) -> Result<Denoise<'_>> {
-        Ok(Denoise {
-            denoiser: &*self.denoiser,
-            sampler: self.scheduler.sampler(),
-            steps: self.scheduler.steps(self.steps)?,
-            scale: self.scale,
-            stages: Vec::new(),
-            controls: None,
-        })
+        Self { stage: self.stage.share(), noising: self.noising.handle(), ..*self }
     }
 
     /// Images `[B, C, H, W]` of a batch, enlarged to what the stage was made for.
@@ -113,9 +91,9 @@ impl Upscaler {
         conditions: &Conditions,
         images: &Tensor,
     ) -> Result<Tensor> {
-        let spec = self.denoiser.spec();
-        let x = batch.normal(&[spec.channels, spec.size[0], spec.size[1]], spec.placement)?;
-        let x = x.f_mul_scalar(self.scheduler.initial_deviation(&way.steps))?;
+        let spec = self.stage.denoiser.spec();
+        let deviation = self.stage.scheduler.initial_deviation(&way.steps);
+        let x = self.stage.noise(batch)?.f_mul_scalar(deviation)?;
         let large = enlarged(&images.f_to_device(spec.placement.device)?, spec.size)?;
         let noise = batch.normal(&large.size()[1..], spec.placement)?;
         let Some(schedule) = self.noising.schedule() else {
@@ -127,12 +105,6 @@ impl Upscaler {
         let conditions = conditions.with("concat", &noised)?.with("class_labels", &levels)?;
         batch.denoise(way, &conditions, x)
     }
-}
-
-/// Whether a denoiser of twice a sample's channels in, those of the image before it among them, puts out twice as many.
-fn learns_variance(directory: &Directory) -> Result<bool> {
-    let config = directory.config("unet")?;
-    Ok(config.int_if("in_channels", 1, i64::MAX)? == config.int_if("out_channels", 1, i64::MAX)?)
 }
 
 /// Bilinear, the corners aligned.
@@ -199,7 +171,7 @@ impl Cascade {
     /// # Errors
     /// [`Error::Value`] for one of images with other channels than the stage before it makes.
     pub fn with_upscaler(mut self, upscaler: Upscaler) -> Result<Self> {
-        let (own, found) = (self.first.denoiser().spec().channels, upscaler.denoiser.spec().channels);
+        let (own, found) = (self.first.denoiser().spec().channels, upscaler.stage.denoiser.spec().channels);
         if own != found {
             return Err(Error::value("channels of an upscaler", own, found));
         }
@@ -225,7 +197,7 @@ impl Cascade {
     pub fn run(&self, prompts: impl Into<Prompts>, mut run: Run<'_>) -> Result<Images> {
         let watch = run.watch();
         let job = self.first.job(&prompts.into(), &run)?;
-        let ways = self.upscalers.iter().map(Upscaler::way).collect::<Result<Vec<_>>>()?;
+        let ways = self.upscalers.iter().map(|upscaler| upscaler.stage.way()).collect::<Result<Vec<_>>>()?;
         if job.conditions.negative.is_none() && ways.iter().any(Denoise::needs_negative) {
             let what = "guidance of an upscaler without guidance of the first stage";
             return Err(Error::unsupported(what, "guidance of all stages, or of the first"));
@@ -239,7 +211,7 @@ impl Cascade {
             for (upscaler, way) in self.upscalers.iter().zip(&ways) {
                 x = match batch.flow() {
                     Flow::Continue => upscaler.run(batch, way, &conditions, &x)?,
-                    Flow::Stop => enlarged(&x, upscaler.denoiser.spec().size)?,
+                    Flow::Stop => enlarged(&x, upscaler.stage.denoiser.spec().size)?,
                 };
             }
             Made::new(batch, x, None, run.decode)

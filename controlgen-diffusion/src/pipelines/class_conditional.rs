@@ -127,13 +127,9 @@ impl ClassConditional {
             Made::new(batch, x, autoencoder, run.decode)
         })?;
         let parameters = |image: usize| Parameters {
-            steps: u64::try_from(way.steps.len()).ok(),
             guidance_scale: Some(scale),
-            seed: run.seeds.of(image),
-            sampler: Some(self.scheduler.class().to_owned()),
-            model: self.name.clone(),
             more: [("class".to_owned(), Value::from(classes[image]))].into_iter().collect(),
-            ..Parameters::default()
+            ..run.parameters(image, &way, &self.scheduler, self.name.as_deref())
         };
         Images::gather(&made, (0..images).map(parameters).collect(), vec![None; images])
     }

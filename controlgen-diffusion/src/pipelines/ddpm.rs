@@ -9,7 +9,6 @@ use super::directory::Directory;
 use super::images::{Images, Made};
 use super::run::Run;
 use crate::Scheduler;
-use crate::image::Parameters;
 
 /// Images of nothing in particular, by a model of pixels. Ho et al., "Denoising Diffusion Probabilistic Models" (2020),
 /// algorithm 2: x ~ N(0, 1), denoised step by step.
@@ -86,13 +85,7 @@ impl DdpmPipeline {
             let x = batch.denoise(&way, &conditions, x)?;
             Made::new(batch, x, None, run.decode)
         })?;
-        let parameters = |image| Parameters {
-            steps: u64::try_from(way.steps.len()).ok(),
-            seed: run.seeds.of(image),
-            sampler: Some(self.scheduler.class().to_owned()),
-            model: self.name.clone(),
-            ..Parameters::default()
-        };
+        let parameters = |image| run.parameters(image, &way, &self.scheduler, self.name.as_deref());
         Images::gather(&made, (0..images).map(parameters).collect(), vec![None; images])
     }
 }

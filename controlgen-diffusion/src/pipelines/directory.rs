@@ -83,10 +83,21 @@ impl Directory {
         Scheduler::open(self.folder("scheduler").join("scheduler_config.json"))
     }
 
-    /// A denoiser that predicts what the scheduler says. Where it puts out twice the channels that it takes, half of
-    /// them are a variance, whether the scheduler uses it or not.
+    /// A denoiser that predicts what the scheduler says, and takes a sample.
     pub(super) fn denoiser(
         &self,
+        component: &str,
+        scheduler: &Scheduler,
+        placement: Placement,
+    ) -> Result<Box<dyn Denoiser>> {
+        self.denoiser_of(1, component, scheduler, placement)
+    }
+
+    /// A denoiser that takes `parts` times a sample's channels: images beside it. Where it puts out twice a sample's, half
+    /// of them are a variance, whether the scheduler uses it or not.
+    pub(super) fn denoiser_of(
+        &self,
+        parts: i64,
         component: &str,
         scheduler: &Scheduler,
         placement: Placement,
@@ -96,7 +107,7 @@ impl Directory {
         let given = config.int_if("out_channels", 1, i64::MAX)?;
         let twice = taken
             .zip(given)
-            .is_some_and(|(taken, given)| given.checked_div(2) == Some(taken) && given % 2 == 0);
+            .is_some_and(|(taken, given)| given.checked_mul(parts) == taken.checked_mul(2) && given % 2 == 0);
         let predicts = Predicts {
             parameterisation: scheduler.parameterisation(),
             learned_variance: scheduler.learned_variance() || twice,

@@ -30,6 +30,7 @@ mod img2img;
 mod inpainting;
 mod prompts;
 mod run;
+mod stage;
 mod text_to_image;
 mod unclip;
 

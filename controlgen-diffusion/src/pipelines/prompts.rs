@@ -90,6 +90,20 @@ impl Prompts {
     }
 }
 
+/// Texts, each once.
+#[derive(Default)]
+pub(super) struct Distinct<'a>(pub(super) Vec<&'a str>);
+
+impl<'a> Distinct<'a> {
+    /// The place of a text.
+    pub(super) fn place(&mut self, text: &'a str) -> usize {
+        self.0.iter().position(|known| *known == text).unwrap_or_else(|| {
+            self.0.push(text);
+            self.0.len() - 1
+        })
+    }
+}
+
 impl From<&str> for Prompts {
     fn from(prompt: &str) -> Self {
         Self::new([prompt])

@@ -7,6 +7,7 @@ use tch::Tensor;
 
 use super::batch::{Batch, Denoise, Source};
 use super::prompts::MOST;
+use crate::image::Parameters;
 use crate::{Sampler, Scheduler};
 
 /// Where the noise of each image comes from.
@@ -213,6 +214,23 @@ impl<'a> Run<'a> {
     ) -> Denoise<'d> {
         let stages = self.stages.iter().map(|stage| (**stage).handle()).collect();
         Denoise { denoiser, sampler, steps, scale, stages, controls: self.controls }
+    }
+
+    /// What an image is made with, as far as all pipelines say it.
+    pub(super) fn parameters(
+        &self,
+        image: usize,
+        way: &Denoise<'_>,
+        scheduler: &Scheduler,
+        model: Option<&str>,
+    ) -> Parameters {
+        Parameters {
+            steps: u64::try_from(way.steps.len()).ok(),
+            seed: self.seeds.of(image),
+            sampler: Some(scheduler.class().to_owned()),
+            model: model.map(str::to_owned),
+            ..Parameters::default()
+        }
     }
 
     /// Takes out who watches the run.

@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 use super::batch::{Batch, Conditions, Denoise};
 use super::directory::Directory;
 use super::images::{Images, Made};
-use super::prompts::Prompts;
+use super::prompts::{Distinct, Prompts};
 use super::run::{Run, Seeds};
 use crate::Scheduler;
 use crate::image::Parameters;
@@ -251,12 +251,8 @@ impl TextToImage {
         let parameters = |image: usize| Parameters {
             prompt: Some(prompts.prompt(image).to_owned()),
             negative_prompt: prompts.negative_of(image).map(str::to_owned),
-            steps: u64::try_from(way.steps.len()).ok(),
             guidance_scale: Some(scale),
-            seed: run.seeds.of(image),
-            sampler: Some(self.scheduler.class().to_owned()),
-            model: self.name.clone(),
-            ..Parameters::default()
+            ..run.parameters(image, &way, &self.scheduler, self.name.as_deref())
         };
         let parameters = (0..images).map(parameters).collect();
         Ok(Job { images, size, shape, way, conditions, truncated, parameters })
@@ -271,24 +267,18 @@ impl TextToImage {
     ) -> Result<(Conditions, Vec<Option<String>>)> {
         let _no_gradients = tch::no_grad_guard();
         let images = prompts.count()?;
-        let mut texts: Vec<&str> = Vec::new();
-        let mut place = |text| {
-            texts.iter().position(|known| *known == text).unwrap_or_else(|| {
-                texts.push(text);
-                texts.len() - 1
-            })
-        };
-        let of: Vec<usize> = (0..images).map(|image| place(prompts.prompt(image))).collect();
+        let mut texts = Distinct::default();
+        let of: Vec<usize> = (0..images).map(|image| texts.place(prompts.prompt(image))).collect();
         // The text to lead away from; none stands for zeros.
         let mut away_from = |image| match prompts.negative_of(image) {
             None if self.zeros_for_none => None,
-            text => Some(place(text.unwrap_or(""))),
+            text => Some(texts.place(text.unwrap_or(""))),
         };
         let away: Vec<Option<usize>> =
             if negative { (0..images).map(&mut away_from).collect() } else { Vec::new() };
-        let encoded = self.prompts.encode(&texts)?;
-        if encoded.len() != texts.len() {
-            return Err(Error::value("encoded prompts", texts.len(), encoded.len()));
+        let encoded = self.prompts.encode(&texts.0)?;
+        if encoded.len() != texts.0.len() {
+            return Err(Error::value("encoded prompts", texts.0.len(), encoded.len()));
         }
         let prompt = each(&of, |text| self.features(&encoded[text], prompts, size, false))?;
         let away = each(&away, |text| {

@@ -9,43 +9,13 @@ use tch::{Kind, Tensor};
 use super::batch::{Batch, Conditions, Denoise};
 use super::directory::Directory;
 use super::images::{Images, Made};
-use super::prompts::Prompts;
+use super::prompts::{Distinct, Prompts};
 use super::run::Run;
+use super::stage::Stage;
 use crate::image::Parameters;
 use crate::models::{PriorTransformer, UnClipTextProj};
 use crate::prompt::ClipPrompt;
 use crate::{EncodedPrompt, Predicts, PromptEncoder, Scheduler};
-
-/// A model and how it is run.
-struct Stage {
-    denoiser: Box<dyn Denoiser>,
-    scheduler: Scheduler,
-    steps: usize,
-    scale: f64,
-}
-
-impl Stage {
-    fn share(&self) -> Self {
-        Self { denoiser: (*self.denoiser).handle(), scheduler: self.scheduler.handle(), ..*self }
-    }
-
-    fn way(&self) -> Result<Denoise<'_>> {
-        Ok(Denoise {
-            denoiser: &*self.denoiser,
-            sampler: self.scheduler.sampler(),
-            steps: self.scheduler.steps(self.steps)?,
-            scale: self.scale,
-            stages: Vec::new(),
-            controls: None,
-        })
-    }
-
-    /// Noise `[B, C, H, W]` of the size that the model was made for.
-    fn noise(&self, batch: &mut Batch<'_, '_>) -> Result<Tensor> {
-        let spec = self.denoiser.spec();
-        batch.normal(&[spec.channels, spec.size[0], spec.size[1]], spec.placement)
-    }
-}
 
 /// unCLIP (Ramesh et al., "Hierarchical Text-Conditional Image Generation with CLIP Latents", DALL·E 2, 2022), as Karlo
 /// has it: a prior makes the CLIP embedding of an image from that of the text, a decoder the image from both, and a third
@@ -234,12 +204,8 @@ impl UnClip {
         let parameters = |image: usize| Parameters {
             prompt: Some(prompts.prompt(image).to_owned()),
             negative_prompt: prompts.negative_of(image).map(str::to_owned),
-            steps: u64::try_from(way.steps.len()).ok(),
             guidance_scale: Some(scale),
-            seed: run.seeds.of(image),
-            sampler: Some(self.decoder.scheduler.class().to_owned()),
-            model: self.name.clone(),
-            ..Parameters::default()
+            ..run.parameters(image, &way, &self.decoder.scheduler, self.name.as_deref())
         };
         let truncated = (0..images).map(|image| texts.prompt[image].truncated.clone()).collect();
         Images::gather(&made, (0..images).map(parameters).collect(), truncated)
@@ -249,21 +215,14 @@ impl UnClip {
     fn texts(&self, prompts: &Prompts) -> Result<Texts> {
         let images = prompts.count()?;
         let _no_gradients = tch::no_grad_guard();
-        let all: Vec<&str> = (0..images)
+        let mut texts = Distinct::default();
+        let of: Vec<usize> = (0..images)
             .map(|image| prompts.prompt(image))
             .chain((0..images).map(|image| prompts.negative_of(image).unwrap_or("")))
+            .map(|text| texts.place(text))
             .collect();
-        // Each text once.
-        let mut once: Vec<&str> = Vec::new();
-        let mut of = Vec::with_capacity(all.len());
-        for text in all {
-            let at = once.iter().position(|known| *known == text).unwrap_or(once.len());
-            if at == once.len() {
-                once.push(text);
-            }
-            of.push(at);
-        }
-        let encoded = self.prompts.encode(&once)?.into_iter().map(Text::new).collect::<Result<Vec<_>>>()?;
+        let encoded =
+            self.prompts.encode(&texts.0)?.into_iter().map(Text::new).collect::<Result<Vec<_>>>()?;
         let mut prompt: Vec<Text> = of.iter().filter_map(|&at| encoded.get(at).map(Text::share)).collect();
         let negative = prompt.split_off(images.min(prompt.len()));
         Ok(Texts { prompt, negative })

@@ -3,14 +3,11 @@
 use std::fmt::Display;
 use std::path::Path;
 
-use controlgen_core::{Error, Result};
-use serde_json::{Map, Value};
+use controlgen_core::{Config, Error, Result};
+use serde_json::Value;
 
-/// The fields, and what errors call the file.
-pub(super) struct Fields {
-    file: String,
-    fields: Map<String, Value>,
-}
+/// The fields of the file, with the defaults that diffusers' classes have.
+pub(super) struct Fields(Config);
 
 impl Fields {
     pub(super) fn parse(file: &Path, text: &str) -> Result<Self> {
@@ -18,16 +15,16 @@ impl Fields {
         let Value::Object(fields) = value else {
             return Err(Error::format(file, "expected a JSON object"));
         };
-        Ok(Self { file: file.display().to_string(), fields })
+        Ok(Self(Config::from_fields(file.display().to_string(), fields)))
     }
 
     /// A field, unless it is absent or null.
     pub(super) fn get(&self, field: &str) -> Option<&Value> {
-        self.fields.get(field).filter(|value| !value.is_null())
+        self.0.get(field)
     }
 
     pub(super) fn error(&self, field: &str, expected: impl Display, found: impl Display) -> Error {
-        Error::config(&self.file, field, expected, found)
+        self.0.error(field, expected, found)
     }
 
     pub(super) fn number(&self, field: &str, default: f64) -> Result<f64> {
@@ -45,9 +42,7 @@ impl Fields {
     }
 
     pub(super) fn int(&self, field: &str, default: i64, low: i64, high: i64) -> Result<i64> {
-        let Some(value) = self.get(field) else { return Ok(default) };
-        let number = value.as_i64().filter(|n| (low..=high).contains(n));
-        number.ok_or_else(|| self.error(field, format!("an integer in {low} ..= {high}"), value))
+        Ok(self.0.int_if(field, low, high)?.unwrap_or(default))
     }
 
     pub(super) fn count(&self, field: &str, default: i64, high: i64) -> Result<usize> {
@@ -55,13 +50,11 @@ impl Fields {
     }
 
     pub(super) fn bool(&self, field: &str, default: bool) -> Result<bool> {
-        let Some(value) = self.get(field) else { return Ok(default) };
-        value.as_bool().ok_or_else(|| self.error(field, "true or false", value))
+        self.0.bool(field, default)
     }
 
     pub(super) fn text<'a>(&'a self, field: &str, default: &'a str) -> Result<&'a str> {
-        let Some(value) = self.get(field) else { return Ok(default) };
-        value.as_str().ok_or_else(|| self.error(field, "a string", value))
+        Ok(self.0.str(field)?.unwrap_or(default))
     }
 
     pub(super) fn numbers(&self, field: &str) -> Result<Option<Vec<f64>>> {
@@ -89,7 +82,7 @@ impl Fields {
     pub(super) fn refuse(&self, field: &str, instead: &str) -> Result<()> {
         match self.get(field) {
             None | Some(Value::Bool(false)) => Ok(()),
-            Some(value) => Err(Error::unsupported(format!("{}: `{field}`: {value}", self.file), instead)),
+            Some(value) => Err(Error::unsupported(format!("{}: `{field}`: {value}", self.0.file()), instead)),
         }
     }
 }

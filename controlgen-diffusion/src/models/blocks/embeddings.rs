@@ -82,6 +82,11 @@ impl TimestepEmbedding {
         Self { linear_1: self.linear_1.handle(), linear_2: self.linear_2.handle(), ..*self }
     }
 
+    /// Width of what it takes.
+    pub fn inputs(&self) -> i64 {
+        self.linear_1.weight().size()[1]
+    }
+
     /// `[B, inputs] → [B, width]`
     ///
     /// # Errors
