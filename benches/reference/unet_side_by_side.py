@@ -1,7 +1,7 @@
 """One step of a UNet, controlgen beside diffusers eager, alternating in one run; and the peak memory of each.
 
     python unet_side_by_side.py --controlgen target/release/denoiser-step [--models small,medium,sd15]
-        [--alternations N] [--threads 2] [--folder DIRECTORY] [--json FILE]
+        [--alternations N] [--threads 2] [--folder DIRECTORY] [--json FILE] [--train] [--batches 16,32]
 
 prints Markdown. How it is kept fair, and where it leans:
 
@@ -12,6 +12,9 @@ prints Markdown. How it is kept fair, and where it leans:
   them in every step; that is part of what is compared.
 * Two threads each. Ratio: the median over alternations of diffusers' time over controlgen's, with an interval of 95 %
   by the percentile bootstrap.
+* With --train a step is one of training: forward, mean squared error, backward, gradients clipped to norm 1, AdamW
+  (PyTorch's fused one). Both begin with the same weights and see the same batch, so that their losses after as many
+  steps are compared.
 * Memory: the greatest resident set (ru_maxrss) of a process that loads, and runs the steps. diffusers loads by
   from_pretrained as its pipelines do. An interpreter and its libraries count: they are there when it runs.
 """
@@ -38,7 +41,31 @@ MODELS = {
 }
 
 
-def serve(folder, batch, threads):
+def train(model, inputs):
+    """diffusers in training, answering lines."""
+    import time
+
+    import torch
+
+    target, _ = inputs.pop("target"), inputs.pop("output", None)
+    parameters = list(model.train().parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, fused=True)
+    value = float("nan")
+    for line in sys.stdin:
+        if line.strip() == "step":
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            loss = torch.nn.functional.mse_loss(model(**inputs).sample, target)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            value = loss.item()
+            print(time.perf_counter() - start, flush=True)
+        else:
+            print(value, flush=True)
+
+
+def serve(folder, batch, threads, training):
     """diffusers, answering lines as `denoiser-step` does; first makes the model and its inputs where they are missing."""
     import time
 
@@ -59,9 +86,14 @@ def serve(folder, batch, threads):
             "encoder_hidden_states": torch.randn(batch, *text, generator=generator),
         }
         with torch.inference_mode():
-            save_file({**inputs, "output": model(**inputs).sample.contiguous()}, inputs_at)
+            made = model(**inputs).sample.contiguous()
+            target = torch.randn(made.shape, generator=generator)
+            save_file({**inputs, "output": made, "target": target}, inputs_at)
         return
     inputs = load_file(inputs_at)
+    if training:
+        return train(model, inputs)
+    inputs.pop("target", None)
     output = inputs.pop("output")
     with torch.inference_mode():
         for line in sys.stdin:
@@ -113,12 +145,14 @@ def measure(a, name, batch, environment):
     serving = ["--serve", folder, "--batch", batch, "--threads", a.threads]
     if not inputs.exists():
         child(*serving, environment=environment)
-    ours = Peer("controlgen", [a.controlgen, folder, inputs], environment)
+    if a.train:
+        serving.append("--train")
+    ours = Peer("controlgen", [a.controlgen, folder, inputs] + (["--train"] if a.train else []), environment)
     theirs = Peer("diffusers", [sys.executable, __file__, *serving], environment)
     for peer in (ours, theirs):
         for _ in range(2 if name != "sd15" else 1):
             peer.ask("step")
-    distance = ours.ask("check")
+    distance = abs(ours.ask("check") - (theirs.ask("check") if a.train else 0.0))
     times = {ours.name: [], theirs.name: []}
     for i in range(a.alternations or MODELS[name][4]):
         for peer in (ours, theirs) if i % 2 == 0 else (theirs, ours):
@@ -139,6 +173,8 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", default=str(Path(tempfile.gettempdir()) / "controlgen-unets"))
     parser.add_argument("--json")
+    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--batches", help="instead of each model's own: 16,32")
     parser.add_argument("--make", help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
@@ -146,7 +182,7 @@ def main():
     if a.make:
         return make(a.make)
     if a.serve:
-        return serve(a.serve, a.batch, a.threads)
+        return serve(a.serve, a.batch, a.threads, a.train)
     if not a.controlgen or not Path(a.controlgen).is_file():
         raise SystemExit("error: --controlgen: no such file; build it with `cargo build --release -p benches --bin "
                          "denoiser-step`")
@@ -157,7 +193,7 @@ def main():
     print("|---|---|---|---|---|---|---|---|")
     kept = []
     for name in a.models.split(","):
-        for batch in MODELS[name][3]:
+        for batch in map(int, a.batches.split(",")) if a.batches else MODELS[name][3]:
             m = measure(a, name, batch, environment)
             kept.append(m)
             us, them = (statistics.median(m["times"][peer]) * 1e3 for peer in ("controlgen", "diffusers"))

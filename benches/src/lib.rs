@@ -9,7 +9,9 @@ pub mod lexical;
 pub mod models;
 pub mod paired;
 pub mod sentiment;
+pub mod shapes;
 mod table;
+pub mod training;
 
 use std::process::ExitCode;
 
@@ -22,6 +24,11 @@ pub fn exit(result: controlgen_core::Result<()>) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// A number on the command line.
+fn number<T: std::str::FromStr>(what: &str, text: &str) -> controlgen_core::Result<T> {
+    text.parse().map_err(|_| controlgen_core::Error::value(what, "a number", text))
 }
 
 /// The guide's code, compiled and run as documentation tests.

@@ -39,7 +39,7 @@ pub fn ratios(fours: usize, mut run: impl FnMut(bool) -> Result<()>) -> Result<V
 pub fn estimate(ratios: &[f64]) -> (f64, f64, f64) {
     let mut stream = Stream::new(0, 0);
     let mut draw = || {
-        let pick = |_| ratios[((stream.uniform() * ratios.len() as f64) as usize).min(ratios.len() - 1)];
+        let pick = |_| ratios[stream.index(ratios.len())];
         median(&sorted((0..ratios.len()).map(pick).collect()))
     };
     let medians = sorted((0..RESAMPLES).map(|_| draw()).collect());

@@ -39,6 +39,11 @@ impl Config {
         &self.file
     }
 
+    /// All fields.
+    pub fn fields(&self) -> &Map<String, Value> {
+        &self.fields
+    }
+
     /// How many fields there are.
     pub fn len(&self) -> usize {
         self.fields.len()

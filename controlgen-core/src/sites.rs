@@ -235,26 +235,10 @@ impl SiteMap {
             .collect();
         names.sort();
         names.dedup();
-        names.sort_by_key(|name| edit_distance(name, selector));
+        names.sort_by_key(|name| crate::edit_distance(name, selector));
         names.truncate(3);
         names
     }
-}
-
-/// Levenshtein's distance.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, ca) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, &cb) in b.iter().enumerate() {
-            let up = row[j + 1];
-            row[j + 1] = (diagonal + usize::from(ca != cb)).min(up + 1).min(row[j] + 1);
-            diagonal = up;
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]

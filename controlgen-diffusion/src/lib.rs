@@ -47,6 +47,7 @@
 //! range of pixels. [`Scheduler`] reads diffusers' scheduler_config.json: steps and sampler as they are there.
 
 pub mod image;
+pub mod losses;
 pub mod models;
 pub mod pipelines;
 pub mod prompt;

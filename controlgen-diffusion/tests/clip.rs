@@ -202,8 +202,9 @@ fn text_encoders_keep_the_contract() {
                 .unwrap();
         fields.insert("eos_token_id".into(), json!(1));
         let config = Config::from_fields(name, fields);
-        let encoder =
-            load_encoder(&config, &Safetensors::open(fixture(name)).unwrap(), Placement::CPU).unwrap();
+        let source = Safetensors::open(fixture(name)).unwrap();
+        let weights = Weights::new(&source, Placement::CPU.options());
+        let encoder = load_encoder(&config, &weights, Placement::CPU).unwrap();
         contract::encoder(&*encoder).unwrap_or_else(|violation| panic!("{name}: {violation}"));
     }
 }
@@ -225,14 +226,19 @@ fn what_makes_no_sense_is_refused() {
     assert!(found.pooled.unwrap().equal(&found.hidden.select(1, 1)));
     let other = Config::from_fields("x", json!({"model_type": "bert"}).as_object().unwrap().clone());
     let source = Safetensors::open(fixture("text")).unwrap();
-    assert!(matches!(load_encoder(&other, &source, Placement::CPU), Err(Error::Unsupported { .. })));
+    let weights = Weights::new(&source, Placement::CPU.options());
+    assert!(matches!(load_encoder(&other, &weights, Placement::CPU), Err(Error::Unsupported { .. })));
     assert!(matches!(open_encoder(&fixture("nowhere"), Placement::CPU), Err(Error::Io { .. })));
     // A model that should project, without the projection.
     let mut fields = json!({"architectures": ["CLIPTextModelWithProjection"]}).as_object().unwrap().clone();
     let own: serde_json::Map<String, Value> =
         serde_json::from_str(&std::fs::read_to_string(fixture("text").join("config.json")).unwrap()).unwrap();
     own.into_iter().filter(|(k, _)| k != "architectures").for_each(|(k, v)| drop(fields.insert(k, v)));
-    let found = load_encoder(&Config::from_fields("x", fields), &source, Placement::CPU);
+    let found = load_encoder(
+        &Config::from_fields("x", fields),
+        &Weights::new(&source, Placement::CPU.options()),
+        Placement::CPU,
+    );
     assert!(matches!(found, Err(Error::Keys { missing, .. }) if missing == ["text_projection.weight"]));
 }
 

@@ -219,6 +219,10 @@ impl TensorSource for Checkpoint {
         self.file.what()
     }
 
+    fn finished(&self) {
+        self.file.finished();
+    }
+
     fn names(&self) -> Vec<String> {
         self.file.names().iter().map(|name| ours(name)).collect()
     }

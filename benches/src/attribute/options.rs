@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use controlgen_core::{Error, Result};
 
 use super::{METHODS, Method};
+use crate::number;
 use crate::sentiment::heads_folder;
-use crate::table::{chosen, number};
+use crate::table::chosen;
 
 /// What the command takes.
 pub const USAGE: &str = "\
@@ -55,7 +56,7 @@ impl Options {
                 "--markdown" => options.markdown = Some(value()?.into()),
                 "--plot" => options.plot = Some(value()?.into()),
                 "--tokens" => options.tokens = number(&argument, &value()?)?,
-                "--seed" => options.seed = number(&argument, &value()?)? as u64,
+                "--seed" => options.seed = number(&argument, &value()?)?,
                 "--model" => options.model = value()?.into(),
                 "--prompts" => options.prompts = value()?.into(),
                 "--heads" => options.heads = value()?.into(),

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use controlgen_core::{Error, Result};
 
 use super::{METHODS, Method};
-use crate::table::{chosen, number};
+use crate::number;
+use crate::table::chosen;
 
 /// What the command takes.
 pub const USAGE: &str = "\
@@ -64,7 +65,7 @@ impl Options {
                 "--prompt" => options.prompt = value()?.replace("\\n", "\n"),
                 "--tokens" => options.tokens = number(&argument, &value()?)?,
                 "--beams" => options.beams = number(&argument, &value()?)?,
-                "--seed" => options.seed = number(&argument, &value()?)? as u64,
+                "--seed" => options.seed = number(&argument, &value()?)?,
                 "--dtype" => options.dtype = value()?,
                 "--model" => options.model = value()?.into(),
                 "--concepts" => options.concepts = value()?.into(),

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use controlgen_core::{Error, Placement, Result};
 use controlgen_text::TextModel;
 
+use crate::number;
 pub use judge::{SentimentJudge, Verdict};
 use train::HEADS;
 
@@ -55,8 +56,9 @@ pub fn run(mut arguments: impl Iterator<Item = String>) -> Result<()> {
             "--tokens" => run.tokens = number(&argument, &value()?)?,
             "--blocks" => {
                 let blocks = value()?;
-                let blocks =
-                    blocks.split(',').map(|block| number("--blocks", block).map(|block| block as i64));
+                let blocks = blocks
+                    .split(',')
+                    .map(|block| number::<usize>("--blocks", block).map(|block| block as i64));
                 run.blocks = blocks.collect::<Result<_>>()?;
             }
             "--first" => first = Some(number(&argument, &value()?)?),
@@ -74,10 +76,6 @@ pub fn run(mut arguments: impl Iterator<Item = String>) -> Result<()> {
         }
         other => Err(Error::value("command", format!("one of\n{USAGE}"), other)),
     }
-}
-
-fn number(what: &str, text: &str) -> Result<usize> {
-    text.parse().map_err(|_| Error::value(what, "a number", text))
 }
 
 fn named(names: &str) -> Result<Vec<&'static str>> {

@@ -28,14 +28,9 @@ pub fn parts(path: &Path) -> Result<Vec<Labelled>> {
     parts.iter().enumerate().map(|(i, part)| part.with(shuffled(part.examples(), i as u64))).collect()
 }
 
-/// Fisher and Yates's shuffle.
 fn shuffled(examples: &[Example], stream: u64) -> Vec<Example> {
-    let mut stream = Noise::seeded(0).stream(stream);
     let mut examples = examples.to_vec();
-    for last in (1..examples.len()).rev() {
-        let other = (stream.uniform() * (last + 1) as f64) as usize;
-        examples.swap(last, other.min(last));
-    }
+    Noise::seeded(0).stream(stream).shuffle(&mut examples);
     examples
 }
 

@@ -28,11 +28,6 @@ pub fn progress(steps: usize) -> ProgressBar {
     style.map_or(bar.clone(), |style| bar.with_style(style))
 }
 
-/// A number on the command line.
-pub fn number(what: &str, text: &str) -> Result<usize> {
-    text.parse().map_err(|_| Error::value(what, "a number", text))
-}
-
 /// The ones of `all` that a list of names with commas, or `all`, asks for.
 pub fn chosen<T>(names: &str, all: &'static [T], name: fn(&T) -> &'static str) -> Result<Vec<&'static T>> {
     if names == "all" {

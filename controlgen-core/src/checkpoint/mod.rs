@@ -69,6 +69,9 @@ pub trait TensorSource: Send {
         Ok(Some(tensor))
     }
 
+    /// Called when a model has taken what it needs: the place to give back memory that reading took on the way.
+    fn finished(&self) {}
+
     /// Copies of all tensors as they are stored, on the CPU.
     ///
     /// # Errors

@@ -182,6 +182,10 @@ impl TensorSource for Safetensors {
         self.path.display().to_string()
     }
 
+    fn finished(&self) {
+        crate::sys::give_back();
+    }
+
     fn names(&self) -> Vec<String> {
         self.tensors().map(|tensor| tensor.name.to_owned()).collect()
     }

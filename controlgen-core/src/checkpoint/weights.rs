@@ -1,7 +1,7 @@
 //! The loader that is handed to models.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
@@ -46,7 +46,8 @@ type Candidates<'a> = dyn Fn(&str) -> Vec<String> + 'a;
 #[derive(Default)]
 struct Record {
     used: BTreeSet<String>,
-    missing: BTreeSet<String>,
+    /// With the shapes that were asked for.
+    missing: BTreeMap<String, Vec<i64>>,
 }
 
 impl<'a> Weights<'a> {
@@ -201,10 +202,10 @@ impl<'a> Weights<'a> {
         Err(Error::Keys { what: self.source.what(), missing: report.missing, unexpected: report.unexpected })
     }
 
-    /// Ends loading, gives memory that it took on the way back, and leaves it to the caller what to make of names that are missing (whose tensors are
-    /// zeros) or left over.
+    /// Ends loading, and leaves it to the caller what to make of names that are missing (whose tensors are zeros) or left
+    /// over.
     pub fn finish_lenient(&self, ignore: &[&str]) -> Report {
-        crate::sys::give_back();
+        self.source.finished();
         let record = self.record.borrow();
         let left = |name: &String| {
             !record.used.contains(name) && !ignore.iter().any(|pattern| matches(pattern, name))
@@ -213,9 +214,15 @@ impl<'a> Weights<'a> {
         unexpected.sort_unstable();
         Report {
             used: record.used.iter().cloned().collect(),
-            missing: record.missing.iter().cloned().collect(),
+            missing: record.missing.keys().cloned().collect(),
             unexpected,
         }
+    }
+
+    /// What was asked for and missing: names and shapes.
+    pub fn missing_shapes(&self) -> Vec<(String, Vec<i64>)> {
+        let record = self.record.borrow();
+        record.missing.iter().map(|(name, shape)| (name.clone(), shape.clone())).collect()
     }
 
     fn check(&self, source_name: &str, shape: &[i64]) -> Result<()> {
@@ -237,7 +244,7 @@ impl<'a> Weights<'a> {
 
     fn missing(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
         let placeholder = self.placeholder(shape)?;
-        self.record.borrow_mut().missing.insert(self.full(name));
+        self.record.borrow_mut().missing.insert(self.full(name), shape.to_vec());
         Ok(placeholder)
     }
 

@@ -30,8 +30,8 @@ impl Parameterisation {
         }
     }
 
-    /// With x = α x₀ + σ ε and p = a x₀ + b ε: a and b.
-    fn row(self, level: NoiseLevel) -> (f64, f64) {
+    /// a and b of what is predicted, p = a x₀ + b ε, where x = α x₀ + σ ε.
+    pub fn coefficients(self, level: NoiseLevel) -> (f64, f64) {
         match self {
             Self::Epsilon => (0.0, 1.0),
             Self::Sample => (1.0, 0.0),
@@ -116,7 +116,7 @@ impl Prediction {
             self.check_sample(x)?;
             return Ok(self.value.shallow_clone());
         }
-        let (clean, noise) = to.row(level);
+        let (clean, noise) = to.coefficients(level);
         self.blend(x, level, clean, noise, to.name())
     }
 
@@ -135,7 +135,7 @@ impl Prediction {
     fn blend(&self, x: &Tensor, level: NoiseLevel, c: f64, d: f64, name: &str) -> Result<Tensor> {
         self.check_sample(x)?;
         let (alpha, sigma) = (level.alpha(), level.sigma());
-        let (a, b) = self.parameterisation.row(level);
+        let (a, b) = self.parameterisation.coefficients(level);
         let determinant = alpha * b - sigma * a;
         if determinant == 0.0 {
             let what = format!("the noise at which {} gives {name}", self.parameterisation.name());

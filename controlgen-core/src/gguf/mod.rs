@@ -73,6 +73,10 @@ impl TensorSource for Gguf {
         self.map.path().display().to_string()
     }
 
+    fn finished(&self) {
+        crate::sys::give_back();
+    }
+
     fn names(&self) -> Vec<String> {
         let bytes = self.map.bytes();
         self.header

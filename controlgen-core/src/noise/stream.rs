@@ -102,6 +102,18 @@ impl Stream {
         (self.rng.next_u64() >> 11) as f64 * UNIT
     }
 
+    /// A whole number in 0 .. n, all equally likely, from one [`uniform`](Self::uniform); 0 where n is 0.
+    pub fn index(&mut self, n: usize) -> usize {
+        ((self.uniform() * n as f64) as usize).min(n.saturating_sub(1))
+    }
+
+    /// Brings values into random order (Fisher and Yates 1938).
+    pub fn shuffle<T>(&mut self, values: &mut [T]) {
+        for last in (1..values.len()).rev() {
+            values.swap(last, self.index(last + 1));
+        }
+    }
+
     /// One standard normal: density exp(−x²/2) / √(2π).
     pub fn standard_normal(&mut self) -> f64 {
         StandardNormal.sample(&mut self.rng)

@@ -14,6 +14,9 @@
 //! the step, so a run that was interrupted and resumed ends with the same bits as one that was not, on the CPU and with as
 //! many threads.
 //!
+//! Whatever is loaded from a checkpoint is trained without more ado: [`initial`] makes the [`Parameters`] of a model that is
+//! not there yet, and in each step the model is loaded from them.
+//!
 //! Losses are not here: they live beside their models.
 
 mod adafactor;
@@ -22,6 +25,7 @@ mod checkpoint;
 mod config;
 mod ema;
 mod gradients;
+mod initial;
 mod metrics;
 mod optimizer;
 mod order;
@@ -42,6 +46,7 @@ pub use checkpoint::Checkpoint;
 pub use config::{Best, TrainerConfig};
 pub use ema::{Ema, EmaConfig, EmaWarmup};
 pub use gradients::Gradients;
+pub use initial::{Asked, Initial, initial};
 pub use optimizer::Optimizer;
 pub use parameters::{Group, Parameter, Parameters};
 #[cfg(feature = "plot")]

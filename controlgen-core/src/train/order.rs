@@ -51,15 +51,11 @@ impl Order {
         (epoch, &order[from.min(order.len())..(from + self.a_step).min(order.len())])
     }
 
-    /// Fisher and Yates' shuffle, from a stream that no step draws from.
+    /// Shuffled from a stream that no step draws from.
     fn order_of(&self, epoch: u64) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.examples).collect();
         if self.shuffle {
-            let mut stream = Noise::seeded(self.seed).stream(u64::MAX - epoch);
-            for last in (1..order.len()).rev() {
-                let other = (stream.uniform() * (last + 1) as f64) as usize;
-                order.swap(last, other.min(last));
-            }
+            Noise::seeded(self.seed).stream(u64::MAX - epoch).shuffle(&mut order);
         }
         order
     }

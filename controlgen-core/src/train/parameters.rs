@@ -1,12 +1,14 @@
 //! What is trained: named f32 leaves, and what sets groups of them apart.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 use tch::{Kind, Tensor};
 
 use super::Gradients;
+use crate::checkpoint::{TensorInfo, TensorSource};
 use crate::{Error, Result};
 
 /// How a parameter is trained. Parameters with the same options are what other libraries call a parameter group.
@@ -71,6 +73,7 @@ pub struct Parameter {
 pub struct Parameters {
     id: u64,
     all: Vec<Parameter>,
+    index: Arc<BTreeMap<String, usize>>,
 }
 
 impl Parameters {
@@ -111,7 +114,7 @@ impl Parameters {
             }
             all.push(Parameter { name, value, group });
         }
-        Ok(Self { id: NEXT.fetch_add(1, Ordering::Relaxed), all })
+        Ok(Self { id: NEXT.fetch_add(1, Ordering::Relaxed), all, index: Arc::new(names) })
     }
 
     /// Another handle of the same parameters.
@@ -122,12 +125,17 @@ impl Parameters {
             value: value.shallow_clone(),
             group: *group,
         };
-        Self { id: self.id, all: self.all.iter().map(share).collect() }
+        Self { id: self.id, all: self.all.iter().map(share).collect(), index: Arc::clone(&self.index) }
     }
 
     /// The parameters, in their order.
     pub fn iter(&self) -> std::slice::Iter<'_, Parameter> {
         self.all.iter()
+    }
+
+    /// The parameter of this name.
+    pub fn find(&self, name: &str) -> Option<&Parameter> {
+        self.index.get(name).and_then(|&at| self.all.get(at))
     }
 
     /// How many parameters there are: at least one.
@@ -170,6 +178,38 @@ impl Parameters {
     /// Tells these parameters and their handles from all others.
     pub(super) fn id(&self) -> u64 {
         self.id
+    }
+}
+
+/// A model is loaded from its parameters as from a file, but in the graph: gradients flow through all that the loader makes
+/// of them (another element type, another layout, several joined to one) back to the leaves. So whatever can be loaded can
+/// be trained: it is loaded anew in each step.
+impl TensorSource for Parameters {
+    fn what(&self) -> String {
+        "parameters in training".into()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.all.iter().map(|parameter| parameter.name.clone()).collect()
+    }
+
+    fn info(&self, name: &str) -> Option<TensorInfo> {
+        let value = &self.find(name)?.value;
+        Some(TensorInfo { shape: value.size(), kind: Kind::Float })
+    }
+
+    fn read(&self, name: &str, into: &mut Tensor) -> Result<()> {
+        let missing = || Error::format(self.what(), format!("no tensor `{name}`"));
+        let value = &self.find(name).ok_or_else(missing)?.value;
+        if value.size() != into.size() {
+            return Err(Error::shape(
+                format!("parameter `{name}`"),
+                format!("{:?}", value.size()),
+                &into.size(),
+            ));
+        }
+        into.f_copy_(value)?;
+        Ok(())
     }
 }
 

@@ -30,7 +30,7 @@ pub use unet_2d_condition::{AddedEmbedding, UNet2dCondition, UNet2dConditionConf
 
 use std::path::Path;
 
-use controlgen_core::checkpoint::{Safetensors, TensorSource, Weights};
+use controlgen_core::checkpoint::{Safetensors, Weights};
 use controlgen_core::config::Config;
 use controlgen_core::{Autoencoder, Denoiser, Encoder, Error, Parameterisation, Placement, Result};
 
@@ -45,16 +45,17 @@ pub fn open_denoiser(
     placement: Placement,
 ) -> Result<Box<dyn Denoiser>> {
     let config = Config::open(&directory.join("config.json"))?;
-    load_denoiser(&config, &Safetensors::open(directory)?, predicts, placement)
+    let source = Safetensors::open(directory)?;
+    load_denoiser(&config, &Weights::new(&source, placement.options()), predicts, placement)
 }
 
-/// Loads the denoiser that `config` describes from `source`.
+/// Loads the denoiser that `config` describes from `weights`, placed alike.
 ///
 /// # Errors
 /// As [`open_denoiser`].
 pub fn load_denoiser(
     config: &Config,
-    source: &dyn TensorSource,
+    weights: &Weights<'_>,
     predicts: Predicts,
     placement: Placement,
 ) -> Result<Box<dyn Denoiser>> {
@@ -65,15 +66,14 @@ pub fn load_denoiser(
     let class = config
         .str("_class_name")?
         .ok_or_else(|| config.error("_class_name", format!("one of {}", known.join(", ")), "nothing"))?;
-    let weights = Weights::new(source, placement.options());
     Ok(match class {
-        _ if dit::CLASS_NAMES.contains(&class) => Box::new(Dit::load(config, &weights, predicts, placement)?),
-        unet_2d::CLASS_NAME => Box::new(UNet2d::load(config, &weights, predicts, placement)?),
+        _ if dit::CLASS_NAMES.contains(&class) => Box::new(Dit::load(config, weights, predicts, placement)?),
+        unet_2d::CLASS_NAME => Box::new(UNet2d::load(config, weights, predicts, placement)?),
         unet_2d_condition::CLASS_NAME => {
-            Box::new(UNet2dCondition::load(config, &weights, predicts, placement)?)
+            Box::new(UNet2dCondition::load(config, weights, predicts, placement)?)
         }
         prior_transformer::CLASS_NAME => {
-            Box::new(PriorTransformer::load(config, &weights, predicts, placement)?)
+            Box::new(PriorTransformer::load(config, weights, predicts, placement)?)
         }
         other => return Err(Error::unsupported(format!("the denoiser class `{other}`"), known.join(", "))),
     })
@@ -123,22 +123,22 @@ impl Predicts {
 /// [`Error::Keys`], [`Error::Shape`], [`Error::Format`], [`Error::Io`] for what is wrong with the files.
 pub fn open_encoder(directory: &Path, placement: Placement) -> Result<Box<dyn Encoder>> {
     let config = Config::open(&directory.join("config.json"))?;
-    load_encoder(&config, &Safetensors::open(directory)?, placement)
+    let source = Safetensors::open(directory)?;
+    load_encoder(&config, &Weights::new(&source, placement.options()), placement)
 }
 
-/// Loads the encoder that `config` describes from `source`.
+/// Loads the encoder that `config` describes from `weights`, placed alike.
 ///
 /// # Errors
 /// As [`open_encoder`].
 pub fn load_encoder(
     config: &Config,
-    source: &dyn TensorSource,
+    weights: &Weights<'_>,
     placement: Placement,
 ) -> Result<Box<dyn Encoder>> {
-    let weights = Weights::new(source, placement.options());
     match config.str("model_type")? {
-        Some("clip_text_model") => Ok(Box::new(ClipText::load(config, &weights, placement)?)),
-        Some("clip_vision_model") => Ok(Box::new(ClipVision::load(config, &weights, placement)?)),
+        Some("clip_text_model") => Ok(Box::new(ClipText::load(config, weights, placement)?)),
+        Some("clip_vision_model") => Ok(Box::new(ClipVision::load(config, weights, placement)?)),
         found => {
             let what = format!("model_type `{}` as an encoder", found.unwrap_or("nothing"));
             Err(Error::unsupported(what, "clip_text_model, clip_vision_model"))

@@ -53,10 +53,19 @@ impl Directory {
 
     /// Whether the index names a class for this component, and its files are there.
     pub(super) fn has(&self, component: &str) -> bool {
-        let named = self.index.get(component).and_then(Value::as_array);
-        let named = named.is_some_and(|pair| pair.iter().all(|part| !part.is_null()));
+        let named = self.pair(component).is_some_and(|pair| pair.iter().all(|part| !part.is_null()));
         let file = if component.ends_with("scheduler") { "scheduler_config.json" } else { "config.json" };
         named && (self.path.join(component).is_dir() || self.path.join(file).exists())
+    }
+
+    /// Whether the index says that there is no such component: `[null, null]`.
+    pub(super) fn does_without(&self, component: &str) -> bool {
+        self.pair(component).is_some_and(|pair| pair.iter().all(Value::is_null))
+    }
+
+    /// The library and the class that the index names for a component.
+    fn pair(&self, component: &str) -> Option<&Vec<Value>> {
+        self.index.get(component).and_then(Value::as_array)
     }
 
     /// Refuses a directory in which one of these is missing.

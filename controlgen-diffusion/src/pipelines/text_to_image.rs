@@ -62,7 +62,8 @@ impl TextToImage {
     pub const CLASSES: [&'static str; 6] = CLASSES;
 
     /// Opens a directory of diffusers: model_index.json and a folder for each component. Weights are safetensors. What
-    /// watches over the images there (`safety_checker`) is not run.
+    /// watches over the images there (`safety_checker`) is not run. Where the index has `"vae": [null, null]`, the
+    /// denoiser's samples are pixels.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Format`]; [`Error::Unsupported`] for a pipeline, scheduler or model that is not known,
@@ -75,7 +76,10 @@ impl TextToImage {
             let what = "a refiner of Stable Diffusion XL (`requires_aesthetics_score`)";
             return Err(Error::unsupported(what, "its base models"));
         }
-        directory.require(&["unet", "scheduler", "vae", "tokenizer", "text_encoder"])?;
+        let pixels = directory.does_without("vae");
+        let required = ["unet", "scheduler", "vae", "tokenizer", "text_encoder"];
+        let required: Vec<&str> = required.into_iter().filter(|&name| !(pixels && name == "vae")).collect();
+        directory.require(&required)?;
         if xl {
             directory.require(&["tokenizer_2", "text_encoder_2"])?;
         }
@@ -88,7 +92,8 @@ impl TextToImage {
         };
         let taken = directory.config("unet")?.int("in_channels", 1, i64::MAX)?;
         let beside = taken - denoiser.spec().channels;
-        let mut pipeline = Self::new(denoiser, scheduler, Some(directory.autoencoder(placement)?), prompts)?;
+        let autoencoder = if pixels { None } else { Some(directory.autoencoder(placement)?) };
+        let mut pipeline = Self::new(denoiser, scheduler, autoencoder, prompts)?;
         pipeline.name = Some(directory.name());
         pipeline.beside = beside;
         if xl {

@@ -71,6 +71,14 @@ fn all_missing_components_are_named() {
     rewrite(&folder.path().join("model_index.json"), "\"UNet2DConditionModel\"", "null");
     let Err(Error::Keys { missing, .. }) = open(&folder) else { panic!("missing") };
     assert_eq!(missing, ["unet"]);
+    // But for an autoencoder: without one, the samples are the pixels.
+    let folder = directory("stable_diffusion");
+    std::fs::remove_dir_all(folder.path().join("vae")).unwrap();
+    rewrite(&folder.path().join("model_index.json"), "\"AutoencoderKL\"", "null");
+    let Err(Error::Keys { missing, .. }) = open(&folder) else { panic!("missing") };
+    assert_eq!(missing, ["vae"]);
+    rewrite(&folder.path().join("model_index.json"), "\"vae\": [\n    \"diffusers\"", "\"vae\": [\n    null");
+    assert!(open(&folder).unwrap().autoencoder().is_none());
     let nowhere = TextToImage::open("/nowhere", Placement::CPU);
     assert!(matches!(nowhere, Err(Error::Io { .. })));
 }

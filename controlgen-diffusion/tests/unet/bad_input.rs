@@ -1,6 +1,6 @@
 //! What is refused, and what is said of it.
 
-use controlgen_core::checkpoint::Safetensors;
+use controlgen_core::checkpoint::{Safetensors, Weights};
 use controlgen_core::config::Config;
 use controlgen_core::{Condition, Denoiser, Error, Pass, Placement, Result};
 use controlgen_diffusion::models::load_denoiser;
@@ -18,7 +18,8 @@ fn changed(name: &str, learned: bool, changes: &[(&str, Value)]) -> Result<Box<d
         fields.insert((*field).to_owned(), value.clone());
     }
     let config = Config::from_fields("config.json", fields);
-    let weights = Safetensors::open(folder(name)).unwrap();
+    let source = Safetensors::open(folder(name)).unwrap();
+    let weights = Weights::new(&source, Placement::CPU.options());
     load_denoiser(&config, &weights, predicts(learned), Placement::CPU)
 }
 

@@ -54,7 +54,7 @@ impl Options {
         let case = || -> Result<_, Breach> {
             let spec = lm.spec();
             let mut stream = Stream::new(self.seed, 0);
-            let draw = |_| ((stream.uniform() * spec.vocab as f64) as i64).min(spec.vocab - 1);
+            let draw = |_| stream.index(spec.vocab as usize) as i64;
             let ids: Vec<i64> = (0..10).map(draw).collect();
             let ids = Tensor::f_from_slice(&ids)?.f_view([2, 5])?.f_to_device(spec.placement.device)?;
             let plain = logits(lm, &ids, None)?;

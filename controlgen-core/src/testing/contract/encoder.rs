@@ -77,7 +77,7 @@ impl<'a> Case<'a> {
         let Some(table) = encoder.embeddings() else { return breach("a table of embeddings", "none") };
         let mut stream = Stream::new(options.seed, 0);
         // The first tokens are often special: padding, which some encoders count no position for.
-        let mut draw = |_| 3 + ((stream.uniform() * (vocab - 3) as f64) as i64).min(vocab - 4);
+        let mut draw = |_| 3 + stream.index((vocab - 3) as usize) as i64;
         let rows: Vec<Vec<i64>> =
             (0..3).map(|row| std::iter::once(3 + row).chain((1..6).map(&mut draw)).collect()).collect();
         let ids = Tensor::f_from_slice(&rows.concat())?.f_view([3, 6])?.f_to_device(spec.placement.device)?;

@@ -54,7 +54,7 @@ impl<'a, C: TokenControl> Case<'a, C> {
     fn new(control: &'a C, vocab: i64, options: &Options) -> Result<Self, Breach> {
         demand(vocab >= 2, "a vocabulary of at least 2", vocab)?;
         let mut stream = Stream::new(options.seed, 0);
-        let mut draw = |n: i64| ((stream.uniform() * n as f64) as i64).min(n - 1);
+        let mut draw = |n: i64| stream.index(n as usize) as i64;
         let prompts: Vec<Vec<i64>> =
             [1, 4, 2].map(|len| (0..len).map(|_| draw(vocab)).collect()).into_iter().collect();
         let tolerance = options.tolerance(Kind::Float);

@@ -89,7 +89,7 @@ impl<'a> Case<'a> {
         super::demand(spec.vocab >= 2, "a vocabulary of at least 2", spec.vocab)?;
         super::demand(spec.context >= ROOM, format!("a context of at least {ROOM}"), spec.context)?;
         let mut stream = Stream::new(options.seed, 0);
-        let mut draw = |_| ((stream.uniform() * spec.vocab as f64) as i64).min(spec.vocab - 1);
+        let mut draw = |_| stream.index(spec.vocab as usize) as i64;
         // The first tokens differ, hence so do the rows.
         let rows: Vec<Vec<i64>> = (0..3)
             .map(|row| std::iter::once(row % spec.vocab).chain((1..6).map(&mut draw)).collect())
