@@ -11,7 +11,8 @@ use controlgen_text::words::TokenTrie;
 use proptest::prelude::*;
 use tch::Tensor;
 
-/// Words begin, go on and end within tokens; é and — come whole and in parts; one token says nothing.
+/// Words begin, go on and end within tokens; é and — come whole and in parts, and the parts also make ô; one token
+/// says nothing.
 const TOKENS: [&[u8]; 24] = [
     b" a",
     b"a",
@@ -71,7 +72,7 @@ fn sum(bytes: &[u8]) -> f64 {
         let repeated = before.iter().filter(|other| &***other == word && word != "a").count();
         let alike = |c: char| before.last().is_some_and(|last| last.starts_with(c)) && word.starts_with(c);
         1.5 * f64::from(u8::from(listed)) - 0.75 * value - 2.0 * repeated as f64
-            + 0.5 * f64::from(u8::from(alike('b') || alike('c') || alike('s') || alike('é')))
+            + 0.5 * f64::from(u8::from(alike('b') || alike('c') || alike('s') || alike('é') || alike('ô')))
             + 0.1 * word.chars().count() as f64
             + 0.3 * Syllables.value(word, before)
             - 0.2 * Monosyllabic.value(word, before)
