@@ -1,6 +1,7 @@
 //! Shapes: a world of captioned pictures in which success can be counted.
 
 mod caption;
+mod reader;
 mod render;
 mod scene;
 mod sheet;
@@ -12,6 +13,7 @@ use controlgen_core::noise::Noise;
 use controlgen_core::{Error, Result};
 
 pub use caption::{Caption, Named, NamedObject, words};
+pub use reader::Reader;
 pub use render::Renderer;
 pub use scene::{
     Background, Color, Fill, Object, Position, SIDE, Scene, Shape, Size, Split, held_out, pick, pixels,

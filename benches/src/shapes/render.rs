@@ -49,7 +49,7 @@ fn within(corners: &[[f64; 2]], u: f64, v: f64) -> bool {
 
 /// An object's share of the pixels around its centre.
 #[derive(Clone)]
-struct Mask {
+pub(super) struct Mask {
     /// Pixels from the centre's to the first row and column.
     pub reach: i64,
     /// `[2 · reach, 2 · reach]` in 0 ..= 1.
@@ -58,7 +58,7 @@ struct Mask {
 
 impl Mask {
     /// Around a centre that lies at `[x, y]` of its pixel, in 0 .. 1, with `scale` pixels to one of a 32×32 picture.
-    fn new(shape: Shape, size: Size, fill: Fill, [x, y]: [f64; 2], scale: f64) -> Self {
+    pub(super) fn new(shape: Shape, size: Size, fill: Fill, [x, y]: [f64; 2], scale: f64) -> Self {
         let radius = size.radius();
         let reach = (1.05 * radius * scale).ceil() as i64 + 1;
         let at = |pixel: i64, sample: i64, centre: f64| {

@@ -28,7 +28,7 @@ pub trait Pictures {
     ///
     /// # Errors
     /// Those of sampling.
-    fn evaluate(&mut self, denoiser: &dyn Denoiser) -> Result<Vec<(String, f64)>>;
+    fn evaluate(&mut self, denoiser: Box<dyn Denoiser>) -> Result<Vec<(String, f64)>>;
 
     /// What tells these pictures from others.
     fn configuration(&self) -> serde_json::Value;
@@ -108,7 +108,7 @@ impl<P: Pictures> Task for DenoiserRecipe<P> {
 
     fn evaluate(&mut self) -> Result<Vec<(String, f64)>> {
         let denoiser = self.denoiser()?;
-        self.pictures.evaluate(&*denoiser)
+        self.pictures.evaluate(denoiser)
     }
 
     fn configuration(&self) -> serde_json::Value {

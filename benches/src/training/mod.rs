@@ -2,7 +2,9 @@
 
 mod card;
 mod denoiser;
+mod pictures;
 mod run;
+mod text;
 
 use std::path::PathBuf;
 
@@ -28,6 +30,27 @@ train NAME [options]
   --bf16             compute in bf16; parameters stay f32
   --export           train no more: write the model as the last checkpoint has it
 NAME is one of:";
+
+/// What can be trained.
+const NAMES: [&str; 2] = ["shapes-text", "shapes-pixel"];
+
+/// Trains what the arguments say.
+///
+/// # Errors
+/// What is wrong with the arguments, the files or the run.
+pub fn command(arguments: impl Iterator<Item = String>) -> Result<()> {
+    let options = Options::parse(arguments, &NAMES)?;
+    match options.name.as_str() {
+        "shapes-text" => {
+            let settings = text::settings().with(&options);
+            train(&mut text::TextTower::new(options.placement, settings.seed)?, &settings, &options)
+        }
+        _ => {
+            let settings = pictures::pixel_settings().with(&options);
+            train(&mut pictures::pixel(&options, settings.seed)?, &settings, &options)
+        }
+    }
+}
 
 /// Where shipped models lie.
 pub fn models_folder() -> PathBuf {
