@@ -1,39 +1,15 @@
 //! The reader of shapes against what was drawn.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+use benches::shapes::measure::misread;
 use benches::shapes::{Caption, Object, Reader, Renderer, Scene, Split};
 use controlgen_core::noise::Noise;
-use tch::{Device, Kind};
-
-/// Whether a reading is the scene: objects in any order, centres within half a pixel.
-fn same(read: &Scene, scene: &Scene) -> bool {
-    let alike = |a: &Object, b: &Object| {
-        let near = a.center.iter().zip(&b.center).all(|(a, b)| (a - b).abs() <= 0.5);
-        near && (a.shape, a.color, a.size, a.fill) == (b.shape, b.color, b.size, b.fill)
-    };
-    read.background == scene.background
-        && read.objects.len() == scene.objects.len()
-        && scene.objects.iter().all(|object| read.objects.iter().any(|found| alike(found, object)))
-}
-
-/// How many of the pictures are read wrong, with noise of this deviation.
-fn wrong(size: i64, count: usize, deviation: f64) -> usize {
-    let mut stream = Noise::seeded(7).stream(0);
-    let scenes: Vec<Scene> = (0..count)
-        .map(|k| Scene::sample(&mut stream, if k % 2 == 0 { Split::Training } else { Split::HeldOut }))
-        .collect();
-    let pictures = Renderer::new(size).unwrap().render(&scenes).unwrap();
-    let noise = stream.normal(&pictures.size(), Kind::Float, Device::Cpu).unwrap();
-    let read = Reader::new(size).unwrap().read(&(pictures + deviation * noise)).unwrap();
-    let pairs = read.iter().zip(&scenes);
-    pairs.filter(|(read, scene)| !same(read, scene)).inspect(|pair| eprintln!("{pair:?}")).count()
-}
 
 #[test]
 fn what_was_drawn_is_read() {
-    assert_eq!(wrong(32, 300, 0.0), 0);
-    assert_eq!(wrong(32, 300, 0.05), 0);
-    assert_eq!(wrong(64, 20, 0.05), 0);
+    assert_eq!(misread(32, 300, 0.0, 7).unwrap(), 0);
+    assert_eq!(misread(32, 300, 0.05, 7).unwrap(), 0);
+    assert_eq!(misread(64, 20, 0.05, 7).unwrap(), 0);
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod forward;
 mod generate;
 mod inputs;
 mod schedule;
+mod shapes_read;
 mod text_to_image;
 
 use controlgen_core::{Error, Result};
@@ -34,7 +35,10 @@ conformance text-to-image MODEL --prompt TEXT --out FILE.png [--steps N] [--guid
     or as often; several images are FILE-0.png, FILE-1.png, …. --torch-seed draws the noise as PyTorch does from
     torch.Generator().manual_seed(K). --image starts from an image, --mask paints where it is white. Of a pipeline
     without prompts --images are made, or one for each --class, a number or a name. --upscaler names a next stage of
-    DeepFloyd IF. --latents: latents [N, C, H, W], in which the sampler ended.";
+    DeepFloyd IF. --latents: latents [N, C, H, W], in which the sampler ended. MODEL may be the name of a model that is
+    carried here: shapes-pixel.
+conformance shapes-read FILE.png
+    Prints what a picture of the world of shapes shows, as JSON: the background and the objects.";
 
 /// Runs the tool.
 ///
@@ -46,6 +50,7 @@ pub fn run(arguments: &[String]) -> Result<()> {
         Some((command, rest)) if command == "generate" => generate::run(rest),
         Some((command, rest)) if command == "schedule" => schedule::run(rest),
         Some((command, rest)) if command == "text-to-image" => text_to_image::run(rest),
+        Some((command, rest)) if command == "shapes-read" => shapes_read::run(rest),
         Some((command, _)) if command == "help" || command == "--help" => {
             println!("{USAGE}");
             Ok(())
@@ -54,7 +59,7 @@ pub fn run(arguments: &[String]) -> Result<()> {
             let found = other.map_or("nothing", |(command, _)| command);
             Err(Error::value(
                 "command",
-                format!("forward, generate, schedule or text-to-image\n{USAGE}"),
+                format!("forward, generate, schedule, text-to-image or shapes-read\n{USAGE}"),
                 found,
             ))
         }

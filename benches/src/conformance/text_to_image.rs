@@ -40,7 +40,10 @@ pub fn run(arguments: &[String]) -> Result<()> {
     let Some(out) = arguments.get("out") else {
         return Err(Error::value("--out", "a PNG or JPEG file", "nothing"));
     };
-    let images = make(&path, &arguments)?;
+    let images = match path.to_str().and_then(crate::shapes::shipped) {
+        Some(folder) => shapes(&folder, &arguments)?,
+        None => make(&path, &arguments)?,
+    };
     if let Some(file) = arguments.get("latents") {
         save(
             Path::new(file),
@@ -64,6 +67,15 @@ fn numbered(out: &Path, images: usize) -> Vec<PathBuf> {
     let part = |part: Option<&std::ffi::OsStr>| part.unwrap_or_default().to_string_lossy().into_owned();
     let (stem, end) = (part(out.file_stem()), part(out.extension()));
     (0..images).map(|image| out.with_file_name(format!("{stem}-{image}.{end}"))).collect()
+}
+
+/// Pictures by a model of the world of shapes, whose captions have few words.
+fn shapes(folder: &Path, arguments: &Arguments) -> Result<Images> {
+    let negatives = arguments.all("negative-prompt");
+    for prompt in arguments.all("prompt").chain(negatives).filter(|prompt| !prompt.is_empty()) {
+        let _ = crate::shapes::Named::parse(prompt)?;
+    }
+    make(folder, arguments)
 }
 
 /// Runs the pipeline that model_index.json names.

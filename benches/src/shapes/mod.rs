@@ -1,6 +1,7 @@
 //! Shapes: a world of captioned pictures in which success can be counted.
 
 mod caption;
+pub mod measure;
 mod reader;
 mod render;
 mod scene;
@@ -10,7 +11,8 @@ mod tokenizer;
 use std::path::PathBuf;
 
 use controlgen_core::noise::Noise;
-use controlgen_core::{Error, Result};
+use controlgen_core::{Error, Placement, Result};
+use controlgen_diffusion::pipelines::TextToImage;
 
 pub use caption::{Caption, Named, NamedObject, words};
 pub use reader::Reader;
@@ -27,7 +29,19 @@ pub const USAGE: &str = "\
 shapes tokenizer [--out FOLDER]
     Writes the tokenizer of captions; default benches/data/shapes/tokenizer.
 shapes sheet --out FILE.png [--count N] [--seed K] [--size S] [--split training|held-out]
-    Writes a sheet of scenes of the world, and prints their captions.";
+    Writes a sheet of scenes of the world, and prints their captions.
+shapes misread [--count N] [--noise DEVIATION] [--seed K] [--size S]
+    Counts the renders that the reader reads wrong.
+shapes accuracy [--model NAME|FOLDER] [--count N] [--seed K] [--steps N] [--guidance-scale S]
+    Makes pictures of captions of one object and of two, of the training split and held out, N of each, and counts those
+    in which the reader finds everything that is named and no object more.";
+
+/// The folder of a model that the repository carries, by its name.
+pub fn shipped(name: &str) -> Option<PathBuf> {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("data/shapes");
+    let kinds = ["pixel"];
+    kinds.into_iter().find(|kind| name.strip_prefix("shapes-") == Some(kind)).map(|kind| folder.join(kind))
+}
 
 /// Runs what the arguments say.
 ///
@@ -36,6 +50,7 @@ shapes sheet --out FILE.png [--count N] [--seed K] [--size S] [--split training|
 pub fn run(mut arguments: impl Iterator<Item = String>) -> Result<()> {
     let command = arguments.next().unwrap_or_default();
     let (mut out, mut count, mut seed, mut size, mut split) = (None, 64, 0, SIDE, Split::Training);
+    let (mut noise, mut model, mut steps, mut scale) = (0.0, "shapes-pixel".to_owned(), 25, 3.0);
     while let Some(argument) = arguments.next() {
         let value =
             arguments.next().ok_or_else(|| Error::value(argument.as_str(), "a value after it", "nothing"))?;
@@ -43,6 +58,10 @@ pub fn run(mut arguments: impl Iterator<Item = String>) -> Result<()> {
             "--out" => out = Some(PathBuf::from(value)),
             "--count" => count = number(&argument, &value)?,
             "--seed" => seed = number(&argument, &value)?,
+            "--noise" => noise = crate::number(&argument, &value)?,
+            "--model" => model = value,
+            "--steps" => steps = number(&argument, &value)?,
+            "--guidance-scale" => scale = crate::number(&argument, &value)?,
             "--size" => size = number(&argument, &value)?,
             "--split" => {
                 split = match value.as_str() {
@@ -63,6 +82,22 @@ pub fn run(mut arguments: impl Iterator<Item = String>) -> Result<()> {
             save_sheet(&out, &Renderer::new(size)?.render(&scenes)?, 8, 2)?;
             for scene in &scenes {
                 println!("{}", Caption::of(scene, &mut stream).text);
+            }
+            Ok(())
+        }
+        "misread" => {
+            println!("{} of {count} read wrong", measure::misread(size, count, noise, seed)?);
+            Ok(())
+        }
+        "accuracy" => {
+            let folder = shipped(&model).unwrap_or_else(|| model.into());
+            let pipeline = TextToImage::open(folder, Placement::CPU)?;
+            for (split, name) in [(Split::HeldOut, "held out"), (Split::Training, "training")] {
+                for objects in [1, 2] {
+                    let asked = measure::Asked { objects, split, count, seed };
+                    let right = measure::right(&pipeline, &asked, steps, scale)?;
+                    println!("{objects} object(s), {name}: {right} of {count} right");
+                }
             }
             Ok(())
         }
