@@ -18,7 +18,9 @@ use tch::{Kind, Tensor};
 
 use super::run::begin;
 use super::{Card, Model, Recipe, Settings};
-use crate::shapes::{Caption, Named, NamedObject, Position, Scene, Split, tokenizer_folder};
+use crate::shapes::{
+    Background, Caption, Named, NamedObject, Position, Scene, Size, Split, tokenizer_folder,
+};
 
 /// The first position that is asked; there are eight.
 const FIRST: i64 = 24;
@@ -37,12 +39,12 @@ fn questions() -> Vec<Vec<i64>> {
 fn answers(named: &Named) -> Vec<i64> {
     let object = |object: Option<&NamedObject>| {
         object.map_or(OBJECT.map(|answers| answers - 1), |object| {
-            let size = object.size.map_or(2, |size| size.index());
+            let size = object.size.map_or(2, Size::index);
             [object.shape.index(), object.color.index(), size, object.fill.index()].map(|index| index as i64)
         })
     };
-    let background = named.background.map_or(4, |background| background.index());
-    let position = named.position.map_or(5, |position| position.index());
+    let background = named.background.map_or(4, Background::index);
+    let position = named.position.map_or(5, Position::index);
     let mut all = vec![named.objects.len() as i64 - 1, background as i64, position as i64];
     all.extend([0, 1].into_iter().flat_map(|k| object(named.objects.get(k))));
     for &place in Position::ALL {
@@ -109,7 +111,7 @@ impl TextTower {
             begin(seed, placement.device, |weights| ClipText::load(&config, weights, Placement::CPU))?;
         let mut named: Vec<_> =
             tower.into_iter().map(|(name, value)| (format!("tower.{name}"), value)).collect();
-        named.extend(begin(seed + 1, placement.device, |weights| heads(weights))?);
+        named.extend(begin(seed + 1, placement.device, heads)?);
         Ok(Self { config, tokenizer, placement, parameters: Parameters::new(named)? })
     }
 
