@@ -72,19 +72,31 @@ impl Asked {
     }
 }
 
+/// Makes pictures of captions, f32 `[B, 3, S, S]`.
+///
+/// # Errors
+/// Those of the pipeline.
+pub fn pictures(pipeline: &TextToImage, captions: &[Caption], run: Run<'_>) -> Result<Tensor> {
+    let prompts = Prompts::new(captions.iter().map(|caption| caption.text.as_str()));
+    let images = pipeline.run(prompts, run)?;
+    images.pixels.ok_or_else(|| Error::value("images", "pixels", "none"))
+}
+
 /// Of how many captions' pictures the reader finds everything that is named, and no object more.
 ///
 /// # Errors
 /// Those of the pipeline and of reading.
 pub fn right(pipeline: &TextToImage, asked: &Asked, steps: usize, scale: f64) -> Result<usize> {
     let captions = asked.captions();
-    let mut right = 0;
+    let (mut right, mut reader) = (0, None);
     for (captions, seed) in captions.chunks(AT_ONCE).zip(asked.seed..) {
         let run = Run::new().seed(seed).steps(steps).guidance_scale(scale).batch(50);
-        let prompts = Prompts::new(captions.iter().map(|caption| caption.text.as_str()));
-        let images = pipeline.run(prompts, run)?;
-        let pixels: Tensor = images.pixels.ok_or_else(|| Error::value("images", "pixels", "none"))?;
-        let read = Reader::new(pixels.size()[2])?.read(&pixels)?;
+        let pixels = pictures(pipeline, captions, run)?;
+        let reader = match &mut reader {
+            Some(reader) => reader,
+            none => none.insert(Reader::new(pixels.size()[2])?),
+        };
+        let read = reader.read(&pixels)?;
         right += captions.iter().zip(&read).filter(|(caption, scene)| caption.named.holds_of(scene)).count();
     }
     Ok(right)

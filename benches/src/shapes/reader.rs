@@ -10,6 +10,7 @@
 //! of its |e|² Σ_p m_p²; the sums over all centres are correlations of the picture with the masks. The object that explains
 //! most is taken away, until none is left that explains enough of itself.
 
+use controlgen_core::energy::checks;
 use controlgen_core::{Error, Result};
 use tch::{Kind, Tensor};
 
@@ -88,9 +89,7 @@ impl Reader {
         }
         let _no_gradients = tch::no_grad_guard();
         let pictures = pictures.f_to_kind(Kind::Float)?.f_to_device(tch::Device::Cpu)?;
-        if pictures.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
-            return Err(Error::value("pictures", "finite pixels", "some that are not"));
-        }
+        checks::finite("pictures", &pictures)?;
         pictures.f_unbind(0)?.iter().map(|picture| self.scene(picture)).collect()
     }
 
@@ -100,22 +99,22 @@ impl Reader {
         let behind = Tensor::f_from_slice(&behind)?.f_view([3, 1, 1])?;
         let colors: Vec<f32> = Color::ALL.iter().flat_map(|color| pixels(color.rgb())).collect();
         let colors = Tensor::f_from_slice(&colors)?.f_view([-1, 3])?.f_sub(&behind.f_view([1, 3])?)?; // (8, 3)
+        let whole = colors.f_square()?.f_sum_dim_intlist(&[1i64][..], true, Kind::Float)?; // (8, 1)
+        let whole = whole.f_mul(&self.energies.f_view([1, -1])?)?; // (8, K S S)
         let mut rest = picture.f_sub(&behind)?;
         let mut objects = Vec::new();
         while objects.len() < MOST {
-            let Some(found) = self.best(&rest, &colors)? else { break };
+            let Some(found) = self.best(&rest, &colors, &whole)? else { break };
             rest = rest.f_sub(&found.1)?;
             objects.push(found.0);
         }
         Ok(Scene { background, objects })
     }
 
-    /// The object that explains most, and its share of the picture.
-    fn best(&self, rest: &Tensor, colors: &Tensor) -> Result<Option<(Object, Tensor)>> {
+    /// The object that explains most, and its share of the picture. `whole` is what each could explain, `[8, K S S]`.
+    fn best(&self, rest: &Tensor, colors: &Tensor, whole: &Tensor) -> Result<Option<(Object, Tensor)>> {
         let sums = correlation(&rest.f_unsqueeze(1)?, &self.masks, self.reach)?; // (3, K, S, S)
-        let whole = colors.f_square()?.f_sum_dim_intlist(&[1i64][..], false, Kind::Float)?; // (8)
-        let whole = whole.f_view([-1, 1])?.f_mul(&self.energies.f_view([1, -1])?)?; // (8, K S S)
-        let explained = colors.f_matmul(&sums.f_view([3, -1])?)?.f_mul_scalar(2.0)?.f_sub(&whole)?;
+        let explained = colors.f_matmul(&sums.f_view([3, -1])?)?.f_mul_scalar(2.0)?.f_sub(whole)?;
         let enough = explained.f_ge_tensor(&whole.f_mul_scalar(ENOUGH)?)?;
         let least = f64::NEG_INFINITY;
         let explained = explained.f_where_self(&enough, &Tensor::f_full_like(&explained, least)?)?;

@@ -31,6 +31,9 @@ train NAME [options]
   --export           train no more: write the model as the last checkpoint has it
 NAME is one of:";
 
+/// How many examples an epoch counts where each is drawn anew: none comes twice.
+const DRAWN_ANEW: usize = 1 << 20;
+
 /// What can be trained.
 const NAMES: [&str; 2] = ["shapes-text", "shapes-pixel"];
 

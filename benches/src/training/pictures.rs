@@ -6,14 +6,16 @@ use controlgen_core::checkpoint::replace;
 use controlgen_core::noise::{Noise, Stream};
 use controlgen_core::{Condition, Denoiser, Error, Parameterisation, Result};
 use controlgen_diffusion::losses::{Denoising, Timesteps, Weighting};
-use controlgen_diffusion::pipelines::{Prompts, Run, TextToImage};
+use controlgen_diffusion::pipelines::{Run, TextToImage};
 use controlgen_diffusion::prompt::ClipPrompt;
 use controlgen_diffusion::{DiffusionSchedule, PromptEncoder, Scheduler};
 use serde_json::{Value, json};
 use tch::Tensor;
 
 use super::{Card, DenoiserRecipe, Options, Pictures, Settings, models_folder};
-use crate::shapes::{Caption, Reader, Renderer, SIDE, Scene, Split, save_sheet};
+use crate::shapes::{
+    Caption, NamedObject, Object, Reader, Renderer, SIDE, Scene, Split, measure, save_sheet,
+};
 
 /// How many captions there are of one object, and of two, in an evaluation.
 const EACH: usize = 32;
@@ -101,7 +103,7 @@ impl ShapePictures {
 
 impl Pictures for ShapePictures {
     fn examples(&self) -> usize {
-        1 << 20
+        super::DRAWN_ANEW
     }
 
     fn batch(&mut self, examples: &[usize], stream: &mut Stream) -> Result<(Tensor, Vec<Condition>)> {
@@ -125,8 +127,7 @@ impl Pictures for ShapePictures {
         let scheduler = Scheduler::parse("scheduler_config.json", &self.scheduler.to_string())?;
         let pipeline = TextToImage::new(denoiser, scheduler, None, self.prompts.handle())?;
         let run = Run::new().seed(1).steps(20).guidance_scale(3.0).batch(EACH);
-        let images = pipeline.run(Prompts::new(captions.iter().map(|caption| caption.text.as_str())), run)?;
-        let pixels = images.pixels.ok_or_else(|| Error::value("images", "pixels", "none"))?;
+        let pixels = measure::pictures(&pipeline, &captions, run)?;
         self.evaluations += 1;
         std::fs::create_dir_all(&self.sheets).map_err(|error| Error::io(&self.sheets, error))?;
         save_sheet(&self.sheets.join(format!("samples-{:03}.png", self.evaluations)), &pixels, 8, 2)?;
@@ -135,7 +136,7 @@ impl Pictures for ShapePictures {
             captions.iter().zip(&read).map(|(caption, scene)| caption.named.holds_of(scene)).collect();
         let share = |right: &[bool]| right.iter().filter(|&&right| right).count() as f64 / EACH as f64;
         // Of the named objects, how many have a read one of their colour, their shape.
-        let found = |same: &dyn Fn(&crate::shapes::NamedObject, &crate::shapes::Object) -> bool| {
+        let found = |same: &dyn Fn(&NamedObject, &Object) -> bool| {
             let pairs = captions.iter().zip(&read);
             let all =
                 pairs.flat_map(|(caption, scene)| caption.named.objects.iter().map(move |o| (o, scene)));

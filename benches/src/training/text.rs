@@ -132,7 +132,8 @@ impl TextTower {
         for ((k, head), sizes) in (FIRST..).zip(&at).zip(questions()) {
             positions.extend(split(&found.hidden.f_select(1, k)?.f_linear(head, None::<Tensor>)?, &sizes)?);
         }
-        let pooled = found.pooled.unwrap_or_else(|| found.hidden.select(1, 0));
+        let pooled =
+            found.pooled.ok_or_else(|| Error::unsupported("a CLIP that pools nothing", "one that pools"))?;
         let end = split(&pooled.f_linear(&end, None::<Tensor>)?, &questions().concat())?;
         Ok(Answered { positions, end })
     }
@@ -165,7 +166,7 @@ fn drawn(count: usize, split: Split, stream: &mut Stream) -> Result<(Vec<Caption
 
 impl Task for TextTower {
     fn examples(&self) -> usize {
-        1 << 20
+        super::DRAWN_ANEW
     }
 
     fn loss(&mut self, batch: Batch<'_>) -> Result<Loss> {
