@@ -44,7 +44,11 @@ fn the_binary_prints_one_message_and_exits_with_1() {
     let model = folder.to_str().unwrap();
     refused_by_binary(
         &[],
-        &["forward, generate, schedule or text-to-image", "nothing", "conformance forward MODEL_DIR"],
+        &[
+            "forward, generate, schedule, text-to-image or shapes-read",
+            "nothing",
+            "conformance forward MODEL_DIR",
+        ],
     );
     refused_by_binary(&["generate", model, "--top-k", "5"], &["--top-k", "--prompt", "--config"]);
     refused_by_binary(&["generate", "/absent", "--prompt", "A"], &["/absent", "No such file"]);
@@ -73,8 +77,8 @@ fn the_binary_prints_one_message_and_exits_with_1() {
 fn command_lines() {
     let folder = fixture("mistral");
     let model = folder.to_str().unwrap();
-    refused(&[], &["forward, generate, schedule or text-to-image", "nothing"]);
-    refused(&["train", model], &["forward, generate, schedule or text-to-image", "train"]);
+    refused(&[], &["forward, generate, schedule, text-to-image or shapes-read", "nothing"]);
+    refused(&["train", model], &["forward, generate, schedule, text-to-image or shapes-read", "train"]);
     refused(&["forward", model], &["MODEL_DIR INPUTS.safetensors OUTPUTS.safetensors", "1 of them"]);
     refused(&["generate"], &["MODEL_DIR", "0 of them"]);
     refused(&["generate", model, "x"], &["MODEL_DIR", "2 of them"]);
