@@ -75,8 +75,7 @@ pub(super) fn pixel(options: &Options, seed: u64) -> Result<DenoiserRecipe<Shape
         "beta_schedule": "squaredcos_cap_v2",
         "prediction_type": "v_prediction",
         "timestep_spacing": "trailing",
-        "clip_sample": true,
-        "clip_sample_range": 1.0,
+        "clip_sample": false,
         "set_alpha_to_one": true,
         "steps_offset": 0,
     });
