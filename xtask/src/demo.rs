@@ -16,7 +16,22 @@ pub fn command(arguments: Arguments) -> Result<()> {
     let ready = setup::ensure(&repository, &setup::Options::default())?;
     let mut command = process::cargo(repository.root());
     command.args(["run", "-p", "benches", "--bin", "demo", "--"]).args(arguments.rest());
-    process::run(command.env("LIBTORCH", &ready.libtorch))
+    process::run(command.env("LIBTORCH", &ready.libtorch))?;
+    let mut images = process::cargo(repository.root());
+    images.args(["run", "-p", "benches", "--bin", "shapes", "--", "demo", "--out", SHEET]);
+    process::run(images.env("LIBTORCH", &ready.libtorch))
+}
+
+/// The images of the demo, below the repository's root; git ignores its folder.
+const SHEET: &str = ".controlgen/demo.png";
+
+/// Makes the demo's images as a user would, which fails where they do not show what was asked for.
+pub fn check_images(repository: &Repository, binary: &Path) -> Result<()> {
+    let sheet = repository.root().join(SHEET);
+    let _ = std::fs::remove_file(&sheet);
+    let mut command = process::started_directly(binary, repository.root());
+    print!("{}", process::output(command.args(["demo", "--out", SHEET]))?);
+    if sheet.is_file() { Ok(()) } else { Err(Failure::Check(format!("no {SHEET}"))) }
 }
 
 /// Runs the demo as a user would start it, and checks what it says.

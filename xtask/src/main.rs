@@ -28,7 +28,8 @@ cargo xtask setup [--cpu | --cuda] [--fetch-only] [--models] [--data]
     --data        33,530 movie reviews with labels too (13 MB), which the command `sentiment` trains classifiers on
 
 cargo xtask demo [ARGUMENTS]
-    Set-up, then text from the model under several controls. Arguments are passed on to the demo.
+    Set-up, then text from the model under several controls, and a sheet of images of captions,
+    .controlgen/demo.png. Arguments are passed on to the first part.
 
 cargo xtask test [--only STEP]... [--skip STEP]... [--list]
     Set-up, then every check and test, stopping at the first that fails. --list names the steps.

@@ -1,6 +1,7 @@
 //! Shapes: a world of captioned pictures in which success can be counted.
 
 mod caption;
+mod demo;
 pub mod measure;
 mod reader;
 mod render;
@@ -34,7 +35,9 @@ shapes misread [--count N] [--noise DEVIATION] [--seed K] [--size S]
     Counts the renders that the reader reads wrong.
 shapes accuracy [--model NAME|FOLDER] [--count N] [--seed K] [--steps N] [--guidance-scale S]
     Makes pictures of captions of one object and of two, of the training split and held out, N of each, and counts those
-    in which the reader finds everything that is named and no object more.";
+    in which the reader finds everything that is named and no object more.
+shapes demo --out FILE.png
+    Writes a sheet of pictures of a few captions, and says what the reader finds in them.";
 
 /// The folder of a model that the repository carries, by its name.
 pub fn shipped(name: &str) -> Option<PathBuf> {
@@ -85,6 +88,7 @@ pub fn run(mut arguments: impl Iterator<Item = String>) -> Result<()> {
             }
             Ok(())
         }
+        "demo" => demo::run(&out.ok_or_else(|| Error::value("--out", "a PNG file", "nothing"))?),
         "misread" => {
             println!("{} of {count} read wrong", measure::misread(size, count, noise, seed)?);
             Ok(())

@@ -1,6 +1,6 @@
 //! What a picture shows, found without learning.
 //!
-//! The background is what most of the pixels at the edge are nearest to. An object of kind k (shape, size, fill) with mask m,
+//! The background is what most of the pixels at the edge are nearest to; its shade is their median. An object of kind k (shape, size, fill) with mask m,
 //! centre c and colour e (less the background's) explains of the picture d (less the background)
 //!
 //! ```text
@@ -8,7 +8,8 @@
 //! ```
 //!
 //! of its |e|² Σ_p m_p²; the sums over all centres are correlations of the picture with the masks. The object that explains
-//! most is taken away, until none is left that explains enough of itself.
+//! most is taken away with all that lies under it, as objects of this world do not overlap, until none is left that explains
+//! enough of itself.
 
 use controlgen_core::energy::checks;
 use controlgen_core::{Error, Result};
@@ -94,9 +95,8 @@ impl Reader {
     }
 
     fn scene(&self, picture: &Tensor) -> Result<Scene> {
-        let background = background(picture)?;
-        let behind = pixels(background.rgb());
-        let behind = Tensor::f_from_slice(&behind)?.f_view([3, 1, 1])?;
+        let (background, behind) = background(picture)?;
+        let behind = behind.f_view([3, 1, 1])?;
         let colors: Vec<f32> = Color::ALL.iter().flat_map(|color| pixels(color.rgb())).collect();
         let colors = Tensor::f_from_slice(&colors)?.f_view([-1, 3])?.f_sub(&behind.f_view([1, 3])?)?; // (8, 3)
         let whole = colors.f_square()?.f_sum_dim_intlist(&[1i64][..], true, Kind::Float)?; // (8, 1)
@@ -105,13 +105,14 @@ impl Reader {
         let mut objects = Vec::new();
         while objects.len() < MOST {
             let Some(found) = self.best(&rest, &colors, &whole)? else { break };
-            rest = rest.f_sub(&found.1)?;
+            rest = rest.f_mul(&found.1)?;
             objects.push(found.0);
         }
         Ok(Scene { background, objects })
     }
 
-    /// The object that explains most, and its share of the picture. `whole` is what each could explain, `[8, K S S]`.
+    /// The object that explains most, and 1 for pixels where it is not, `[1, S, S]`. `whole` is what each could explain,
+    /// `[8, K S S]`.
     fn best(&self, rest: &Tensor, colors: &Tensor, whole: &Tensor) -> Result<Option<(Object, Tensor)>> {
         let sums = correlation(&rest.f_unsqueeze(1)?, &self.masks, self.reach)?; // (3, K, S, S)
         let explained = colors.f_matmul(&sums.f_view([3, -1])?)?.f_mul_scalar(2.0)?.f_sub(whole)?;
@@ -135,7 +136,7 @@ impl Reader {
         let mask = self.masks.f_get(kind)?.f_constant_pad_nd([margin, margin, margin, margin])?;
         let mask =
             mask.f_narrow(1, margin + self.reach - y, size)?.f_narrow(2, margin + self.reach - x, size)?;
-        Ok(Some((object, colors.f_get(color)?.f_view([3, 1, 1])?.f_mul(&mask)?)))
+        Ok(Some((object, mask.f_eq(0)?.f_to_kind(Kind::Float)?)))
     }
 }
 
@@ -146,8 +147,8 @@ fn correlation(planes: &Tensor, masks: &Tensor, reach: i64) -> Result<Tensor> {
     Ok(all.f_narrow(2, 0, size)?.f_narrow(3, 0, size)?.f_contiguous()?)
 }
 
-/// What most of the pixels at the edge are nearest to.
-fn background(picture: &Tensor) -> Result<Background> {
+/// What most of the pixels at the edge are nearest to, and their median `[3]`.
+fn background(picture: &Tensor) -> Result<(Background, Tensor)> {
     let size = picture.size()[1];
     let edges = [(1, 0), (1, size - 1), (2, 0), (2, size - 1)];
     let edges =
@@ -158,7 +159,11 @@ fn background(picture: &Tensor) -> Result<Background> {
     let far = edge.f_sub(&all)?.f_square()?.f_sum_dim_intlist(&[1i64][..], false, Kind::Float)?;
     let nearest: Vec<i64> = far.f_argmin(0, false)?.try_into()?;
     let votes = |value: &Background| nearest.iter().filter(|&&near| near == value.index() as i64).count();
-    Ok(Background::ALL.iter().copied().max_by_key(votes).unwrap_or(Background::White))
+    let most = Background::ALL.iter().copied().max_by_key(votes).unwrap_or(Background::White);
+    let own: Vec<i64> =
+        (0..).zip(&nearest).filter(|near| *near.1 == most.index() as i64).map(|n| n.0).collect();
+    let shade = edge.f_squeeze_dim(0)?.f_index_select(1, &Tensor::f_from_slice(&own)?)?;
+    Ok((most, shade.f_median_dim(1, false)?.0))
 }
 
 impl NamedObject {

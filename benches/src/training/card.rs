@@ -33,10 +33,6 @@ impl Card {
             seconds / 60.0,
             options.placement.device,
         );
-        if let Some(from) = options.from.as_ref().and_then(|from| from.file_name()) {
-            let _ =
-                writeln!(text, "It began with the weights of `{}` as they were before.\n", from.display());
-        }
         let _ = writeln!(text, "    cargo run --release -p benches --bin train -- {}\n", options.name);
         let table = std::fs::read_to_string(options.run.join("evaluation.csv")).unwrap_or_default();
         let mut lines = table.lines();
@@ -55,6 +51,14 @@ impl Card {
                 text.push_str(&row(&rounded.join(",")));
             }
         }
+        if let Some(before) = &options.before {
+            let _ = write!(text, "\n## Before\n\nIt began with the weights of an earlier run:\n\n{before}");
+        }
         text
+    }
+
+    /// What a card that [`Card::render`] wrote says of its runs.
+    pub(super) fn runs(text: &str) -> Option<&str> {
+        text.find("\nAdamW, rate ").and_then(|at| text.get(at + 1..))
     }
 }

@@ -81,6 +81,8 @@ pub struct Options {
     pub evaluate_every: Option<u64>,
     /// A trained model to begin with.
     pub from: Option<PathBuf>,
+    /// What that model's card says of its runs.
+    pub before: Option<String>,
     /// Where and in which type it is computed.
     pub placement: Placement,
     /// Whether the last checkpoint is only written as a model.
@@ -109,6 +111,7 @@ impl Options {
             seed: None,
             evaluate_every: None,
             from: None,
+            before: None,
             placement: Placement::CPU,
             export: false,
         };
@@ -131,6 +134,10 @@ impl Options {
                 other => return Err(Error::value("argument", usage(), other)),
             }
         }
+        // Before the card is written anew, perhaps in the same folder.
+        let card =
+            options.from.as_ref().and_then(|from| std::fs::read_to_string(from.join("README.md")).ok());
+        options.before = card.as_deref().and_then(Card::runs).map(str::to_owned);
         Ok(options)
     }
 }

@@ -48,7 +48,7 @@ pub const STEPS: &[Step] = &[
         needs_setup: true,
         run: downstream,
     },
-    Step { name: "demo", about: "text from the model under controls", needs_setup: true, run: demo },
+    Step { name: "demo", about: "text under controls, images of captions", needs_setup: true, run: demo },
     Step { name: "device", about: "the checks of a device, on the CPU", needs_setup: true, run: device },
     Step { name: "docs-rs", about: "the documentation without LibTorch", needs_setup: false, run: docs_rs },
 ];
@@ -178,6 +178,9 @@ fn demo(suite: &Suite) -> Result<Outcome> {
     println!("$ {}", process::shown(&command));
     let binary = process::build_binary(&mut command, "demo")?;
     demo::check(&suite.repository, &binary)?;
+    let mut command = suite.cargo(&["build", "-p", "benches", "--bin", "shapes"]);
+    println!("$ {}", process::shown(&command));
+    demo::check_images(&suite.repository, &process::build_binary(&mut command, "shapes")?)?;
     Ok(Outcome::Passed)
 }
 

@@ -5,6 +5,7 @@
 
 mod added_kv;
 mod attention;
+mod attention_pool;
 mod embeddings;
 mod resnet;
 mod sampling;
@@ -17,6 +18,7 @@ mod unet_config;
 
 pub use added_kv::{AddedKvAttention, AddedKvConfig, TextNorm};
 pub use attention::{SelfAttention, SelfAttentionConfig, from_tokens, heads, to_tokens};
+pub use attention_pool::AttentionPool;
 pub use embeddings::{Sinusoid, TimestepEmbedding};
 pub use resnet::{Resize, ResnetBlock2d, ResnetConfig, TimeEmbedding, TimeNorm};
 pub use sampling::{Downsample2d, Upsample2d, average, nearest};
@@ -24,7 +26,7 @@ pub use scope::Scope;
 pub use text::Text;
 pub use text_embedding::TextTimeEmbedding;
 pub use transformer_2d::{Transformer2d, Transformer2dConfig};
-pub use unet::{Known, UNet};
+pub use unet::{Known, UNet, UNetEncoder};
 pub use unet_config::{
     Attends, BlockConfig, Fields, LevelConfig, Resample, UNetConfig, one_of, unknown_block,
 };

@@ -267,11 +267,102 @@ impl Skips {
     }
 }
 
-/// All blocks of a UNet.
-pub struct UNet {
+/// The way down and the middle of a UNet.
+pub struct UNetEncoder {
     conv_in: Conv2d,
     down: Vec<Block>,
     mid: Option<Block>,
+}
+
+impl UNetEncoder {
+    /// Loads what is below `scope`.
+    ///
+    /// # Errors
+    /// Those of [`UNet::load`].
+    pub fn load(scope: &mut Scope<'_, '_>, c: &UNetConfig) -> Result<Self> {
+        let n = c.blocks.len();
+        let first = c.blocks.first().map_or(0, |block| block.channels);
+        let conv_in =
+            scope.conv("conv_in", (c.in_channels, first), c.conv_in_kernel, same(c.conv_in_kernel))?;
+        let mut down = Vec::new();
+        let mut width = first;
+        for (i, block) in c.blocks.iter().enumerate() {
+            let of: Vec<_> = (0..block.down.layers)
+                .map(|layer| (if layer == 0 { width } else { block.channels }, block.channels))
+                .collect();
+            let resize = if i + 1 == n { Resize::Keep } else { Resize::Down };
+            let scope = scope.below(format!("down_blocks.{i}"));
+            down.push(Block::load(scope, c, &block.down, (&of, of.len()), resize)?);
+            width = block.channels;
+        }
+        let mid = match &c.mid {
+            None => None,
+            Some(block) => {
+                let attending = usize::try_from(block.layers - 1).unwrap_or(0);
+                let of = vec![(width, width); attending + 1];
+                let scope = scope.below("mid_block");
+                Some(Block::load(scope, c, block, (&of, attending), Resize::Keep)?)
+            }
+        };
+        Ok(Self { conv_in, down, mid })
+    }
+
+    /// Another handle over the same weights.
+    #[must_use]
+    pub fn handle(&self) -> Self {
+        Self {
+            conv_in: self.conv_in.handle(),
+            down: self.down.iter().map(Block::handle).collect(),
+            mid: self.mid.as_ref().map(Block::handle),
+        }
+    }
+
+    /// A handle with other weights.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](controlgen_core::Error::Shape) for a weight of another shape; `f`'s own.
+    pub fn map_weights(&self, f: WeightMap<'_>) -> Result<Self> {
+        Ok(Self {
+            conv_in: self.conv_in.map_weights(f)?,
+            down: self.down.iter().map(|block| block.map_weights(f)).collect::<Result<_>>()?,
+            mid: self.mid.as_ref().map(|block| block.map_weights(f)).transpose()?,
+        })
+    }
+
+    fn blocks(&self) -> impl Iterator<Item = &Block> {
+        self.down.iter().chain(&self.mid)
+    }
+
+    /// `[B, C, H, W] → [B, C', H', W']`, at the smallest size.
+    ///
+    /// # Errors
+    /// The controls' and LibTorch's.
+    pub fn forward(&self, x: &Tensor, mut known: Known<'_, '_>) -> Result<Tensor> {
+        Ok(self.encode(x, &mut known)?.0)
+    }
+
+    fn encode(&self, x: &Tensor, known: &mut Known<'_, '_>) -> Result<(Tensor, Skips)> {
+        let mut x = self.conv_in.forward(x, known.pass)?;
+        let mut skips = Skips::Down(vec![x.shallow_clone()]);
+        for block in &self.down {
+            x = block.forward(x, known, &mut skips)?;
+        }
+        skips = skips.turn();
+        if let Some(mid) = &self.mid {
+            x = mid.forward(x, known, &mut skips)?;
+        }
+        Ok((x, skips.turn()))
+    }
+}
+
+/// Stride and padding that keep a size under a kernel.
+fn same(kernel: i64) -> (i64, i64) {
+    (1, (kernel - 1).div_euclid(2))
+}
+
+/// All blocks of a UNet.
+pub struct UNet {
+    encoder: UNetEncoder,
     up: Vec<Block>,
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
@@ -285,33 +376,11 @@ impl UNet {
     /// Those of the checkpoint; [`Error::Value`](controlgen_core::Error::Value) where the groups do not divide the
     /// channels.
     pub fn load(mut scope: Scope<'_, '_>, c: UNetConfig) -> Result<Self> {
+        let encoder = UNetEncoder::load(&mut scope, &c)?;
         let widths: Vec<i64> = c.blocks.iter().map(|block| block.channels).collect();
         let (n, first) = (widths.len(), widths.first().copied().unwrap_or(0));
-        let last = widths.last().copied().unwrap_or(0);
-        let same = |kernel: i64| (1, (kernel - 1).div_euclid(2));
-        let conv_in =
-            scope.conv("conv_in", (c.in_channels, first), c.conv_in_kernel, same(c.conv_in_kernel))?;
-        let mut down = Vec::new();
-        let mut width = first;
-        for (i, block) in c.blocks.iter().enumerate() {
-            let of: Vec<_> = (0..block.down.layers)
-                .map(|layer| (if layer == 0 { width } else { block.channels }, block.channels))
-                .collect();
-            let resize = if i + 1 == n { Resize::Keep } else { Resize::Down };
-            let scope = scope.below(format!("down_blocks.{i}"));
-            down.push(Block::load(scope, &c, &block.down, (&of, of.len()), resize)?);
-            width = block.channels;
-        }
-        let mid = match &c.mid {
-            None => None,
-            Some(block) => {
-                let attending = usize::try_from(block.layers - 1).unwrap_or(0);
-                let of = vec![(last, last); attending + 1];
-                let scope = scope.below("mid_block");
-                Some(Block::load(scope, &c, block, (&of, attending), Resize::Keep)?)
-            }
-        };
         let mut up = Vec::new();
+        let mut width = widths.last().copied().unwrap_or(0);
         for (i, block) in c.blocks.iter().rev().enumerate() {
             // What is skipped: this block's channels; at the end those of the block before it.
             let before = widths[n.saturating_sub(i + 2)];
@@ -329,16 +398,14 @@ impl UNet {
         let conv_norm_out = scope.group_norm("conv_norm_out", (c.groups, first), c.eps)?;
         let conv_out =
             scope.conv("conv_out", (first, c.out_channels), c.conv_out_kernel, same(c.conv_out_kernel))?;
-        Ok(Self { conv_in, down, mid, up, conv_norm_out, conv_out, config: c })
+        Ok(Self { encoder, up, conv_norm_out, conv_out, config: c })
     }
 
     /// Another handle over the same weights.
     #[must_use]
     pub fn handle(&self) -> Self {
         Self {
-            conv_in: self.conv_in.handle(),
-            down: self.down.iter().map(Block::handle).collect(),
-            mid: self.mid.as_ref().map(Block::handle),
+            encoder: self.encoder.handle(),
             up: self.up.iter().map(Block::handle).collect(),
             conv_norm_out: self.conv_norm_out.handle(),
             conv_out: self.conv_out.handle(),
@@ -352,9 +419,7 @@ impl UNet {
     /// [`Error::Shape`](controlgen_core::Error::Shape) for a weight of another shape; `f`'s own.
     pub fn map_weights(&self, f: WeightMap<'_>) -> Result<Self> {
         Ok(Self {
-            conv_in: self.conv_in.map_weights(f)?,
-            down: self.down.iter().map(|block| block.map_weights(f)).collect::<Result<_>>()?,
-            mid: self.mid.as_ref().map(|block| block.map_weights(f)).transpose()?,
+            encoder: self.encoder.map_weights(f)?,
             up: self.up.iter().map(|block| block.map_weights(f)).collect::<Result<_>>()?,
             conv_norm_out: self.conv_norm_out.handle(),
             conv_out: self.conv_out.map_weights(f)?,
@@ -368,8 +433,7 @@ impl UNet {
     /// The controls' and LibTorch's.
     pub fn prepare(&self, text: &Tensor, pass: &Pass<'_>) -> Result<Vec<Tensor>> {
         let mut prepared = Vec::new();
-        let blocks = self.down.iter().chain(&self.mid).chain(&self.up);
-        for block in blocks {
+        for block in self.encoder.blocks().chain(&self.up) {
             block.prepare(text, pass, &mut prepared)?;
         }
         Ok(prepared)
@@ -380,16 +444,7 @@ impl UNet {
     /// # Errors
     /// The controls' and LibTorch's.
     pub fn forward(&self, x: &Tensor, mut known: Known<'_, '_>) -> Result<Tensor> {
-        let mut x = self.conv_in.forward(x, known.pass)?;
-        let mut skips = Skips::Down(vec![x.shallow_clone()]);
-        for block in &self.down {
-            x = block.forward(x, &mut known, &mut skips)?;
-        }
-        skips = skips.turn();
-        if let Some(mid) = &self.mid {
-            x = mid.forward(x, &mut known, &mut skips)?;
-        }
-        skips = skips.turn();
+        let (mut x, mut skips) = self.encoder.encode(x, &mut known)?;
         for block in &self.up {
             x = block.forward(x, &mut known, &mut skips)?;
         }
