@@ -1,7 +1,7 @@
 //! What a picture shows, found without learning.
 //!
-//! The background is what most of the pixels at the edge are nearest to; its shade is their median. An object of kind k (shape, size, fill) with mask m,
-//! centre c and colour e (less the background's) explains of the picture d (less the background)
+//! The background is what most of the pixels at the edge are nearest to; its shade is their median. An object of kind k (shape,
+//! size, fill) with mask m, centre c and colour e (less the background's) explains of the picture d (less the background)
 //!
 //! ```text
 //! Σ_p |d_p|² − |d_p − m_p e|² = 2 Σ_p m_p d_p · e − |e|² Σ_p m_p²

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use controlgen_core::checkpoint::{Weights, prefixes};
 use controlgen_core::config::{Config, limits};
+use controlgen_core::energy::checks;
 use controlgen_core::layers::{Conv2d, LayerNorm, Linear};
 use controlgen_core::{
     Dims, Encoder, EncoderInput, EncoderSpec, Error, Features, Mask, Pass, Placement, Reads, Result, SiteId,
@@ -214,11 +215,7 @@ impl ClipVision {
         if b == 0 {
             return Err(Error::value("images", "at least one", b));
         }
-        if !pixel_values.is_floating_point() {
-            let (expected, found) =
-                ("a floating-point type".to_owned(), format!("{:?}", pixel_values.f_kind()?));
-            return Err(Error::Kind { what: "images".into(), expected, found });
-        }
+        checks::floating("images", pixel_values)?;
         pass.check(&self.sites, b)?;
         let pixels =
             pixel_values.f_to_device(self.spec.placement.device)?.f_to_kind(self.spec.placement.kind)?;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use controlgen_core::checkpoint::Weights;
 use controlgen_core::config::{Config, limits};
+use controlgen_core::energy::checks;
 use controlgen_core::layers::{Activation, GroupNorm, Linear};
 use controlgen_core::{Error, Pass, Placement, Result, SiteMap, WeightMap};
 use serde_json::json;
@@ -59,7 +60,7 @@ impl EncoderUNetConfig {
         let mut fields = config.fields().clone();
         // There is no way up: any that the levels allow will do.
         fields.insert("up_block_types".to_owned(), json!(vec!["UpBlock2D"; levels]));
-        let unet = UNet2dConfig::from_config(&Config::from_fields("config.json", fields))?;
+        let unet = UNet2dConfig::from_config(&Config::from_fields(config.file(), fields))?;
         if unet.class_labels != ClassLabels::None {
             return Err(Error::unsupported("classes as a condition of a classifier", "no num_class_embeds"));
         }
@@ -199,10 +200,7 @@ impl EncoderUNet {
         if other || size[0] < 1 {
             return Err(Error::shape("images", format!("[B, {channels}, {height}, {width}]"), &size));
         }
-        if !x.is_floating_point() {
-            let (expected, found) = ("a floating-point type".to_owned(), format!("{:?}", x.f_kind()?));
-            return Err(Error::Kind { what: "images".into(), expected, found });
-        }
+        checks::floating("images", x)?;
         if t.size() != [size[0]] {
             return Err(Error::shape("timesteps", format!("[{}]", size[0]), &t.size()));
         }
